@@ -1,0 +1,873 @@
+"""GPT-OSS in one file: a mixture-of-experts transformer with sliding windows and learned attention sinks.
+
+The mathematics in reading order: configuration, norm, rotary positions, sink attention, experts, loss, model, files.
+One GPU and eight read the same: sequence parallelism lives in sp.py and is the identity where there is no group.
+
+References: the definition, https://github.com/openai/gpt-oss (gpt_oss/torch/model.py); the model card,
+https://arxiv.org/abs/2508.10925. Where we differ: the gate and up halves of the experts lie side by side, not interleaved
+(convert_hf.py reorders them), rotary tables and sinks are applied in fp32, the router runs in fp32.
+
+Letters in shapes:
+    B sequences    S tokens of each on this rank    N = B S rows of tokens    V vocabulary    C hidden size
+    H query heads  K key-value heads    D head dim    E experts    k experts a token uses    F expert hidden size
+    R = N k rows of tokens, one for each expert a token uses, sorted by expert
+"""
+
+import functools
+import json
+import math
+import os
+import shutil
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+import sp
+
+IGNORED = -100  # a target that the loss does not count
+LOSS_ROWS = 2048  # rows of logits that exist at a time: 0.8 GiB of bf16 for the real vocabulary
+EXPERT_TOKENS = 32 * 1024  # tokens that pass the experts at a time: their rows take about 6 GiB at the real size
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+
+@dataclass
+class GPTOSSConfig:
+    """Sizes of the model, under OpenAI's names. The defaults are gpt-oss-20b's."""
+
+    num_hidden_layers: int = 24
+    num_experts: int = 32
+    experts_per_token: int = 4
+    vocab_size: int = 201088
+    hidden_size: int = 2880
+    intermediate_size: int = 2880  # of each expert
+    head_dim: int = 64
+    num_attention_heads: int = 64
+    num_key_value_heads: int = 8
+    sliding_window: int = 128  # keys a query of an even layer sees, its own included; odd layers see everything
+    swiglu_limit: float = 7.0
+    initial_context_length: int = 4096  # the context before YaRN stretched it
+    rope_theta: float = 150000.0
+    rope_scaling_factor: float = 32.0
+    rope_ntk_alpha: float = 1.0  # YaRN's beta_slow: dimensions that turn less often than this are interpolated
+    rope_ntk_beta: float = 32.0  # YaRN's beta_fast: dimensions that turn more often than this are left alone
+    max_position_embeddings: int = 131072
+    rms_norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or value <= 0 or (field.type is int and value != int(value)):
+                raise ValueError(f"{field.name}={value!r} must be a positive {field.type.__name__}")
+            setattr(self, field.name, field.type(value))
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads={self.num_key_value_heads} must divide num_attention_heads={self.num_attention_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even: rotary positions turn pairs of dimensions")
+        if self.experts_per_token > self.num_experts:
+            raise ValueError(f"experts_per_token={self.experts_per_token} must be at most num_experts={self.num_experts}")
+
+    @classmethod
+    def gpt_oss_20b(cls):
+        return cls()
+
+    @classmethod
+    def gpt_oss_120b(cls):
+        return cls(num_hidden_layers=36, num_experts=128)
+
+    @classmethod
+    def from_json(cls, path):
+        """Read our config.json, OpenAI's original one or Hugging Face's. ValueError for a model this file does not implement."""
+        try:
+            given = json.loads(Path(path).read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: not a readable config.json ({error})") from None
+        if not isinstance(given, dict):
+            raise ValueError(f"{path}: expected a JSON object, found {type(given).__name__}")
+        if "model_type" in given:
+            given = _from_hugging_face(given, path)
+        names = {field.name for field in fields(cls)}
+        missing, unknown = names - given.keys(), given.keys() - names
+        if missing or unknown:
+            raise ValueError(f"{path}: missing fields {sorted(missing)}, unknown fields {sorted(unknown)}")
+        try:
+            return cls(**given)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def to_json(self, path):
+        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    def window(self, layer):
+        """Keys that a query of this layer sees, itself included; None: all before it."""
+        return self.sliding_window if layer % 2 == 0 else None
+
+    def flops_per_token(self, seq_len):
+        """FLOPs that training spends on one token of a sequence of `seq_len`: forward and backward, nothing recomputed,
+        active experts only, and only the keys that attention may see (Chowdhery et al., https://arxiv.org/abs/2204.02311)."""
+        C, heads, kv = self.hidden_size, self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        layer = C * (heads + 2 * kv) + heads * C + C * self.num_experts  # qkv, out, router
+        layer += self.experts_per_token * 3 * C * self.intermediate_size  # gate, up, down
+        matrices = self.num_hidden_layers * layer + C * self.vocab_size
+        keys = 0  # seen by the average query, summed over layers
+        for window in map(self.window, range(self.num_hidden_layers)):
+            w = min(window or seq_len, seq_len)
+            keys += w - w * (w - 1) / 2 / seq_len  # the first w queries see 1 … w keys, the others w
+        return 6 * matrices + 3 * 4 * heads * keys  # a matrix: 2 forward, 4 backward; a key: scores and values
+
+
+def _from_hugging_face(given, path):
+    """Fields of a Hugging Face gpt_oss config.json under our names. Before transformers 5 the rotary settings lay apart."""
+    rope = given.get("rope_parameters") or {"rope_theta": given.get("rope_theta"), **(given.get("rope_scaling") or {})}
+    layers = given.get("num_hidden_layers") or 0
+    pattern = ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)]
+    implemented = {
+        "model_type": (given["model_type"], "gpt_oss"),
+        "layer_types": (given.get("layer_types") or pattern, pattern),
+        "tie_word_embeddings": (given.get("tie_word_embeddings", False), False),
+        "attention_bias": (given.get("attention_bias", True), True),
+        "hidden_act": (given.get("hidden_act", "silu"), "silu"),
+        "rope_type": (rope.get("rope_type"), "yarn"),
+        "truncate": (rope.get("truncate"), False),  # whether YaRN's ramp is rounded to whole dimensions
+    }
+    for name, (value, ours) in implemented.items():
+        if value != ours:
+            raise ValueError(f"{path}: {name} is {value!r}; model.py implements {ours!r} only")
+    renamed = {
+        "num_experts": given.get("num_local_experts"),
+        "experts_per_token": given.get("num_experts_per_tok"),
+        "initial_context_length": rope.get("original_max_position_embeddings"),
+        "rope_theta": rope.get("rope_theta"),
+        "rope_scaling_factor": rope.get("factor"),
+        "rope_ntk_alpha": rope.get("beta_slow"),
+        "rope_ntk_beta": rope.get("beta_fast"),
+        "swiglu_limit": given.get("swiglu_limit", 7.0),  # transformers writes it since 4.56 and fixes it at 7
+    }
+    names = [field.name for field in fields(GPTOSSConfig)]
+    return {name: value for name in names if (value := renamed.get(name, given.get(name))) is not None}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Two helpers that make it fast, and change nothing in the mathematics
+
+
+@functools.cache
+def say(message):
+    """Print a choice once, on the first rank."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(message, flush=True)
+
+
+def fused(function):
+    """Compile `function` for a GPU, where it becomes one kernel or two instead of one an operation; a CPU runs it as written.
+
+    Only leaves are compiled, never a block: what talks to other ranks stays in the order it is written in."""
+    compiled = torch.compile(function)
+
+    @functools.wraps(function)
+    def call(x, *args, **kwargs):
+        return (compiled if x.is_cuda else function)(x, *args, **kwargs)
+
+    return call
+
+
+class Recompute:
+    """What a checkpointed block may skip when it runs a second time to give its backward the activations.
+
+    A checkpointed block keeps its input and nothing else. The second run needs every value that a backward reads, but not
+    the block's output (`replaying`), and it need not redo a costly step whose result was put aside (`keep`)."""
+
+    current = None  # of the checkpointed block that runs now; None outside of one
+
+    def __init__(self, keep_attention):
+        self.keep_attention, self.kept, self.replaying = keep_attention, [], False
+
+    @contextmanager
+    def run(self, replaying):
+        Recompute.current, self.replaying = self, replaying
+        try:
+            yield
+        finally:
+            Recompute.current = None
+
+    @classmethod
+    def contexts(cls, keep_attention):
+        """The pair of contexts that torch.utils.checkpoint asks for: one for each run."""
+        state = cls(keep_attention)
+        return state.run(False), state.run(True)
+
+
+def keep(compute):
+    """compute(), a tuple of tensors; in a block's second run what it returned in the first, if attention is to be kept."""
+    state = Recompute.current
+    if state is None or not state.keep_attention:
+        return compute()
+    if not state.replaying:
+        state.kept.append(compute())
+        return state.kept[-1]
+    return state.kept.pop(0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Norm and rotary positions
+
+
+@fused
+def rms_norm(x, weight, eps):
+    y = x.float()
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+    return (y * weight.float()).to(x.dtype)  # multiplied in fp32, before the cast
+
+
+class RMSNorm(nn.Module):
+    """https://arxiv.org/abs/1910.07467, in fp32 inside."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x):
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rope_tables(config, positions):
+    """cos and sin (S, D/2), fp32, of the angles by which YaRN (https://arxiv.org/abs/2309.00071) turns each dimension pair."""
+    D, context = config.head_dim, config.initial_context_length
+    pair = torch.arange(D // 2, dtype=torch.float32, device=positions.device)
+    extrapolated = 1 / config.rope_theta ** (2 * pair / D)  # as trained: fast pairs keep their frequency
+    interpolated = extrapolated / config.rope_scaling_factor  # slow pairs are stretched to the longer context
+
+    def pair_that_turns(times):  # `times` times within the initial context; not rounded to a whole pair
+        return D / 2 * math.log(context / (times * 2 * math.pi)) / math.log(config.rope_theta)
+
+    low, high = max(pair_that_turns(config.rope_ntk_beta), 0), min(pair_that_turns(config.rope_ntk_alpha), D - 1)
+    ramp = ((pair - low) / max(high - low, 1e-3)).clamp(0, 1)
+    angles = positions[:, None].float() * (interpolated * ramp + extrapolated * (1 - ramp))  # (S, D/2)
+    concentration = 0.1 * math.log(config.rope_scaling_factor) + 1 if config.rope_scaling_factor > 1 else 1.0
+    return angles.cos() * concentration, angles.sin() * concentration
+
+
+def rotate(x, cos, sin):
+    """x (B, S, heads, D): turn the pairs (x[i], x[i + D/2]). In fp32, then back to x's dtype."""
+    a, b = x.float().chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]  # (S, 1, D/2)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+@fused
+def split_and_rotate(qkv, cos, sin, num_key_value_heads):
+    """(B, S, (H + 2K) D), rows q, k, v -> q (B, S, H, D), k and v (B, S, K, D), q and k turned to their positions."""
+    D, K = 2 * cos.shape[-1], num_key_value_heads
+    heads = qkv.unflatten(-1, (-1, D))
+    q, k, v = heads.split((heads.shape[2] - 2 * K, K, K), dim=2)
+    return rotate(q, cos, sin), rotate(k, cos, sin), v.contiguous()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention with sinks. Each head has a learned logit, the sink, that takes part in the softmax and has no value: a head that
+# finds nothing to attend to can attend to it, and add nothing. Query head h reads key-value head h // (H/K).
+
+
+def dense_attention(q, k, v, sinks, window=None, documents=None):
+    """The definition, on any device and in any dtype: scores, mask, a column for the sink, softmax, column dropped.
+
+    q (B, S, H, D), k and v (B, T, K, D), sinks (H), documents (B, T) -> (B, S, H, D). The queries are the last S of the T
+    positions. Memory grows with H S T: the twin that the fast kernels are tested against, and the path for a CPU."""
+    B, S, H, D = q.shape
+    T, K = k.shape[1], k.shape[2]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q = q.unflatten(2, (K, H // K))  # (B, S, K, H/K, D)
+    scores = torch.einsum("bskhd,btkd->bkhst", q, k).to(wide) / math.sqrt(D)
+    distance = torch.arange(T - S, T, device=q.device)[:, None] - torch.arange(T, device=q.device)  # (S, T)
+    visible = distance >= 0
+    if window is not None:
+        visible &= distance < window
+    if documents is not None:
+        visible = visible & (documents[:, T - S :, None] == documents[:, None, :])  # (B, S, T)
+        visible = visible[:, None, None]  # (B, 1, 1, S, T)
+    scores = scores.masked_fill(~visible, float("-inf"))
+    sinks = sinks.to(wide).view(1, K, H // K, 1, 1).expand(B, -1, -1, S, 1)
+    weights = torch.cat((scores, sinks), dim=-1).softmax(-1)[..., :-1].to(v.dtype)  # (B, K, H/K, S, T)
+    return torch.einsum("bkhst,btkd->bskhd", weights, v).flatten(2, 3)  # (B, S, H, D)
+
+
+def apply_sinks(out, lse, sinks):
+    """The same sinks after the fact: out (B, H, S, D) of attention without sinks and lse (B, H, S), the logsumexp of its
+    scores, become attention with sinks. Softmax gives the keys the share exp(lse) / (exp(lse) + exp(sink)) of the whole.
+
+    In fp32. The gradient must flow through lse too, or it is wrong in q and k."""
+    share = torch.sigmoid(lse.float() - sinks.float()[:, None])  # (B, H, S)
+    return (out.float() * share[..., None]).to(out.dtype)
+
+
+def causal(b, h, q, k):
+    return q >= k
+
+
+@functools.cache
+def sliding(window):
+    return lambda b, h, q, k: (q >= k) & (q - k < window)
+
+
+def within_documents(visible, documents):
+    return lambda b, h, q, k: visible(b, h, q, k) & (documents[b, q] == documents[b, k])
+
+
+def block_mask(S, window, documents, device, block=128):
+    """The BlockMask of a causal layer over S tokens: which blocks of `block` x `block` scores to visit, and which of those
+    to visit without looking at single scores. Found from the blocks' corners, so nothing S x S ever exists.
+
+    documents: (B, S) or None. They may be numbered in any way: a pair of blocks is skipped if their ranges of numbers do not
+    meet, a pair of blocks in one and the same document is visited whole, and in every other the scores are looked at."""
+    blocks = math.ceil(S / block)
+    q, k = torch.arange(blocks, device=device)[:, None], torch.arange(blocks, device=device)[None]
+    nearest, farthest = (q - k) * block - (block - 1), (q - k) * block + (block - 1)  # distances in a pair of blocks
+    visited, whole = farthest >= 0, (nearest >= 0) & ((q + 1) * block <= S)
+    if window is not None:
+        visited, whole = visited & (nearest < window), whole & (farthest < window)
+    visible = causal if window is None else sliding(window)
+    if documents is not None:
+        padded = F.pad(documents, (0, blocks * block - S), mode="replicate").unflatten(1, (blocks, block))
+        low, high = padded.amin(-1), padded.amax(-1)  # (B, blocks)
+        visited = visited & (low[:, :, None] <= high[:, None]) & (low[:, None] <= high[:, :, None])
+        whole = whole & (low == high)[:, :, None] & (low == high)[:, None] & (low[:, :, None] == low[:, None])
+        visible = within_documents(visible, documents)
+
+    def listed(pairs):  # for each row of blocks, how many it has and their numbers, those first
+        pairs = pairs.expand(pairs.shape[0] if pairs.dim() == 3 else 1, blocks, blocks)[:, None].int()  # (B, 1, q, k)
+        return pairs.sum(-1, dtype=torch.int32), pairs.argsort(dim=-1, descending=True, stable=True).int()
+
+    partial, whole = listed(visited & ~whole), listed(visited & whole)
+    return BlockMask.from_kv_blocks(*partial, *whole, BLOCK_SIZE=block, mask_mod=visible, seq_lengths=(S, S))
+
+
+@fused
+def flex_sink_attention(q, k, v, sinks, mask):
+    """FlexAttention, which makes a fused kernel of any mask. Shapes as in dense_attention, S = T."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # it wants (B, heads, S, D)
+    out, aux = flex_attention(q, k, v, block_mask=mask, enable_gqa=True, return_aux=AuxRequest(lse=True))
+    return apply_sinks(out, aux.lse, sinks).transpose(1, 2)
+
+
+@fused
+def fold_sinks(out, lse, sinks):
+    """As apply_sinks, with the logsumexp that includes the sink."""
+    with_sink = torch.logaddexp(lse, sinks.float()[:, None])  # (B, H, S)
+    return (out.float() * (lse - with_sink).exp()[..., None]).to(out.dtype), with_sink
+
+
+@fused
+def sink_gradient(grad, out, lse, sinks):
+    """dsinks (H): a sink's weight is exp(sink - lse) and its value zero, so its score's gradient is -weight * (grad . out)."""
+    delta = (grad.float() * out.float()).sum(-1)  # (B, H, S)
+    return -((sinks.float()[:, None] - lse).exp() * delta).sum((0, 2)).to(sinks.dtype)
+
+
+class CudnnSinkAttention(torch.autograd.Function):
+    """cuDNN's causal attention, which knows no sinks, with sinks. Shapes as in dense_attention, S = T.
+
+    Its backward computes probabilities as exp(score - lse) and subtracts grad . out from their gradients. Handed the lse
+    and out of the softmax with the sink, those are the probabilities and the sum of the softmax with the sink: dq, dk and dv
+    come out exact with the kernel untouched."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, sinks):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # it wants (B, heads, S, D)
+
+        def attend():
+            out, lse, *rest = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, is_causal=True)
+            out, with_sink = fold_sinks(out, lse.view(out.shape[:3]), sinks)
+            return out, with_sink.view(lse.shape), *rest
+
+        out, lse, ctx.cum_q, ctx.cum_k, ctx.max_q, ctx.max_k, seed, offset, _ = keep(attend)
+        ctx.save_for_backward(q, k, v, sinks, out, lse, seed, offset)
+        return out.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, sinks, out, lse, seed, offset = ctx.saved_tensors
+        grad = grad.transpose(1, 2)
+        dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+            grad, q, k, v, out, lse, seed, offset, None, ctx.cum_q, ctx.cum_k, ctx.max_q, ctx.max_k, 0.0, True
+        )
+        dsinks = sink_gradient(grad, out, lse.view(out.shape[:3]), sinks)
+        return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), dsinks
+
+
+@functools.cache
+def cudnn_refuses(device, dtype, head_dim):
+    """Why cuDNN's attention cannot be used here, or None."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it has no {dtype}"
+    if torch.are_deterministic_algorithms_enabled():
+        return "its backward is not deterministic"
+    try:  # a small run is the only sure test of device, driver, version and head dim
+        q, k, v = (torch.randn(1, 128, 1, head_dim, device=device, dtype=dtype, requires_grad=True) for _ in "qkv")
+        with torch.enable_grad():
+            CudnnSinkAttention.apply(q, k, v, torch.zeros(1, device=device, dtype=dtype)).sum().backward()
+    except (RuntimeError, AttributeError) as error:
+        return f"it fails here: {str(error).splitlines()[0]}"
+
+
+def choose_attention(S, window, documents, device, dtype, head_dim):
+    """The attention(q, k, v, sinks) of all layers with this window, over whole sequences of S tokens; says which and why.
+
+    documents: (B, S) or None. Called once a step and kind of layer, because a block mask is worth making only once."""
+    layers = "full layers" if window is None else f"window {window} layers"
+    if device.type != "cuda":
+        say(f"attention of {layers}: dense, fused kernels want a GPU")
+        return functools.partial(dense_attention, window=window, documents=documents)
+    if window is None and documents is None:
+        refusal = cudnn_refuses(device, dtype, head_dim)
+        if refusal is None:
+            say(f"attention of {layers}: cuDNN, fastest where the mask is plainly causal")
+            return CudnnSinkAttention.apply
+        say(f"attention of {layers}: FlexAttention, not cuDNN, because {refusal}")
+    else:
+        say(f"attention of {layers}{' in packed documents' if documents is not None else ''}: FlexAttention")
+    return functools.partial(flex_sink_attention, mask=block_mask(S, window, documents, device))
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        heads, kv_heads, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.num_key_value_heads = kv_heads
+        self.qkv = nn.Linear(config.hidden_size, (heads + 2 * kv_heads) * D)
+        self.out = nn.Linear(heads * D, config.hidden_size)
+        self.sinks = nn.Parameter(torch.empty(heads))
+
+    def forward(self, x, cos, sin, attend, remember=None):  # x (B, S, C)
+        q, k, v = split_and_rotate(self.qkv(x), cos, sin, self.num_key_value_heads)  # (B, S, heads, D)
+        if remember is not None:  # generation: add k and v to those of earlier calls
+            k, v = remember(k, v)  # (B, T, K, D)
+        out = sp.ulysses(attend)(q, k, v, self.sinks)  # (B, S, H, D)
+        return self.out(out.flatten(2))  # (B, S, H D) -> (B, S, C)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Experts
+
+
+@fused
+def swiglu(h, bias, expert, limit):
+    """(R, 2F), gates then ups, of rows that belong to `expert` (R) -> (R, F)."""
+    gate, up = (h.float() + bias.float()[expert]).chunk(2, dim=-1)
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return ((up + 1) * gate * torch.sigmoid(1.702 * gate)).to(h.dtype)
+
+
+@fused
+def swiglu_backward(h, bias, expert, limit, da, weight):
+    """With a = swiglu(h) and the gradient `weight * da` of a -> dh (R, 2F), weight * a (R, F), and da . a (R)."""
+    gate, up = (h.float() + bias.float()[expert]).chunk(2, dim=-1)
+    gate_open, up_open = gate <= limit, up.abs() <= limit  # a clamped value has no gradient
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    sigmoid = torch.sigmoid(1.702 * gate)
+    da, weight = da.float(), weight[:, None]
+    a = (up + 1) * gate * sigmoid
+    dgate = weight * da * (up + 1) * sigmoid * (1 + 1.702 * gate * (1 - sigmoid)) * gate_open
+    dup = weight * da * gate * sigmoid * up_open
+    return torch.cat((dgate, dup), dim=-1).to(h.dtype), (weight * a).to(h.dtype), (da * a).sum(-1)
+
+
+@fused
+def combine(y, where, weights, bias, experts):
+    """Rows y (R, C) -> (N, C): each token's k rows, found by `where` (N, k), plus their experts' bias, weighed, summed."""
+    picked = y[where].float() + bias.float()[experts]  # (N, k, C), inside the kernel only
+    return (picked * weights[..., None]).sum(1).to(y.dtype)  # the bias is weighed too
+
+
+@fused
+def gather_sum(rows, where):
+    """(R, C), where (N, k) -> (N, C): the sum of each token's k rows. Not a scatter, whose atomic adds are slow and unordered."""
+    return rows[where].float().sum(1).to(rows.dtype)
+
+
+def sort_by_expert(experts, num_experts):
+    """experts (N, k), the choices of N tokens -> the R = N k choices sorted by expert: their numbers in experts.flatten(),
+    their experts, the end of each expert's share (E); and for each choice its place among the sorted, (N, k)."""
+    flat = experts.flatten()
+    expert, order = flat.sort(stable=True)
+    ends = torch.searchsorted(expert, torch.arange(num_experts, device=flat.device), right=True, out_int32=True)
+    where = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=flat.device))
+    return order, expert, ends, where.view_as(experts)
+
+
+def tiles(*tensors):
+    return zip(*(x.split(EXPERT_TOKENS) for x in tensors))
+
+
+class ExpertsFunction(torch.autograd.Function):
+    """x (N, C), experts (N, k), weights (N, k) fp32 -> (N, C): each token's experts, weighed and summed. No token is dropped.
+
+    The backward is written out because it can do what autograd cannot. It goes through the tokens in tiles, so memory does
+    not grow with the sequence. In a checkpointed block it makes from x what it needs, and the second run computes nothing.
+    And the routing weights' gradient g . y needs no expert's output y = a W2 + b2, because g . y = (g W2^T) . a + g . b2."""
+
+    @staticmethod
+    def forward(ctx, x, experts, weights, w1, b1, w2, b2, limit, keep_hidden):
+        ctx.limit, k = limit, experts.shape[1]
+        hidden, out = [], torch.empty_like(x)
+        if not (Recompute.current and Recompute.current.replaying):  # the experts end a block: a second run's is not read
+            for tile, choice, weight, result in tiles(x, experts, weights, out):
+                order, expert, ends, where = sort_by_expert(choice, len(w1))
+                h = F.grouped_mm(tile[order // k], w1, offs=ends)  # (R, C) x (E, C, 2F) -> (R, 2F)
+                y = F.grouped_mm(swiglu(h, b1, expert, limit), w2, offs=ends)  # (R, F) x (E, F, C) -> (R, C)
+                result.copy_(combine(y, where, weight, b2, choice))
+                if keep_hidden:
+                    hidden.append(h)
+        ctx.save_for_backward(x, experts, weights, w1, b1, w2, b2, *hidden)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, experts, weights, w1, b1, w2, b2, *hidden = ctx.saved_tensors
+        k, dx, dweights, totals = experts.shape[1], torch.empty_like(x), torch.empty_like(weights), None
+        for tile, choice, weight, g, dtile, dweight in tiles(x, experts, weights, grad, dx, dweights):
+            order, expert, ends, where = sort_by_expert(choice, len(w1))
+            rows, g_rows = tile[order // k], g[order // k]  # (R, C)
+            h = hidden.pop(0) if hidden else F.grouped_mm(rows, w1, offs=ends)  # (R, 2F)
+            da = F.grouped_mm(g_rows, w2.transpose(1, 2), offs=ends)  # (R, F)
+            dh, weighed_a, da_a = swiglu_backward(h, b1, expert, ctx.limit, da, weight.flatten()[order])
+            dtile.copy_(gather_sum(F.grouped_mm(dh, w1.transpose(1, 2), offs=ends), where))
+            dweight.copy_(da_a[where] + (g @ b2.t()).gather(1, choice))
+            of_expert = F.one_hot(expert, len(w1)).to(dh.dtype)  # (R, E): bias gradients as matmuls, not atomic adds
+            routing = torch.zeros_like(g[:, :1]).expand(-1, len(w1)).scatter(1, choice, weight.to(g.dtype))  # (N, E)
+            parts = (
+                F.grouped_mm(rows.t(), dh, offs=ends),  # (C, R) x (R, 2F) -> (E, C, 2F)
+                of_expert.t() @ dh,  # (E, 2F)
+                F.grouped_mm(weighed_a.t(), g_rows, offs=ends),  # (F, R) x (R, C) -> (E, F, C)
+                routing.t() @ g,  # (E, C)
+            )
+            totals = parts if totals is None else [t.float().add_(p) for t, p in zip(totals, parts)]  # in fp32 if tiled
+        dw1, db1, dw2, db2 = (total.to(w1.dtype) for total in totals)
+        return dx, None, dweights, dw1, db1, dw2, db2, None, None
+
+
+class Experts(nn.Module):
+    """A router that picks k of E small MLPs for each token and weighs them."""
+
+    def __init__(self, config):
+        super().__init__()
+        E, C, intermediate = config.num_experts, config.hidden_size, config.intermediate_size
+        self.experts_per_token, self.limit = config.experts_per_token, config.swiglu_limit
+        self.router = nn.Linear(C, E)
+        self.gate_up_weight = nn.Parameter(torch.empty(E, C, 2 * intermediate))  # (experts, in, out), gates then ups
+        self.gate_up_bias = nn.Parameter(torch.empty(E, 2 * intermediate))
+        self.down_weight = nn.Parameter(torch.empty(E, intermediate, C))
+        self.down_bias = nn.Parameter(torch.empty(E, C))
+        self.load = 0  # (E) tokens each expert was given since someone last set this to 0
+
+    def forward(self, x):  # (B, S, C)
+        rows = x.flatten(0, 1)  # (N, C)
+        logits = F.linear(rows.float(), self.router.weight.float(), self.router.bias.float())  # (N, E); ties in bf16 misroute
+        top, experts = logits.topk(self.experts_per_token, dim=-1)  # (N, k)
+        if not (Recompute.current and Recompute.current.replaying):
+            self.load = self.load + F.one_hot(experts, logits.shape[1]).sum((0, 1))
+        parameters = self.gate_up_weight, self.gate_up_bias, self.down_weight, self.down_bias
+        keep_hidden = torch.is_grad_enabled() and not Recompute.current
+        return ExpertsFunction.apply(rows, experts, top.softmax(-1), *parameters, self.limit, keep_hidden).view_as(x)
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = Experts(config)
+
+    def forward(self, x, *attention_inputs):  # (B, S, C)
+        x = x + self.attention(self.attention_norm(x), *attention_inputs)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Loss. The logits of 64K tokens would take 25 GiB, so they exist a few rows at a time.
+
+
+@fused
+def pick_logprobs(logits, targets):
+    """(N, V), (N) -> (N) fp32: log softmax at the target; 0 where it is not counted."""
+    picked = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0].float() - logits.float().logsumexp(-1)
+    return torch.where(targets == IGNORED, 0, picked)
+
+
+@fused
+def logits_gradient_(logits, targets, scale):
+    """Overwrite logits (N, V) by the gradient of sum(scale * logprobs): scale (N) times onehot - softmax."""
+    onehot = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
+    scale = torch.where(targets == IGNORED, 0, scale)[:, None]
+    logits.copy_((onehot.float() - logits.float().softmax(-1)) * scale)
+
+
+def add_matmul_(total, a, b):
+    """total += a @ b, with `total` in fp32 and a, b in whatever they are in."""
+    if total.is_cuda and a.dtype != total.dtype:
+        return torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    return total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+def loss_gradient(x, weight, targets, scale):
+    """logprobs (N) of x (N, C) under the unembedding `weight` (V, C), and the gradients of sum(scale * logprobs) in x, weight."""
+    logprobs, dx = torch.empty_like(scale), torch.empty_like(x)
+    dweight = torch.zeros_like(weight, dtype=torch.float32)  # every few rows add to it: in fp32
+    for rows, target, s, logp, drows in zip(*(t.split(LOSS_ROWS) for t in (x, targets, scale, logprobs, dx))):
+        logits = rows @ weight.t()  # (LOSS_ROWS, V)
+        logp.copy_(pick_logprobs(logits, target))
+        logits_gradient_(logits, target, s)
+        torch.mm(logits, weight, out=drows)
+        add_matmul_(dweight, logits.t(), rows)
+    return logprobs, dx, dweight.to(weight.dtype)
+
+
+class LogProbs(torch.autograd.Function):
+    """x (N, C), weight (V, C), targets (N) -> (N) fp32, 0 where not counted. The backward makes the logits again."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets):
+        ctx.save_for_backward(x, weight, targets)
+        return torch.cat([pick_logprobs(r @ weight.t(), t) for r, t in zip(x.split(LOSS_ROWS), targets.split(LOSS_ROWS))])
+
+    @staticmethod
+    def backward(ctx, grad):
+        _, dx, dweight = loss_gradient(*ctx.saved_tensors, grad.contiguous())
+        return dx, dweight, None
+
+
+class CrossEntropy(torch.autograd.Function):
+    """-sum(LogProbs) / count, for training. What will be done with the logprobs is known, so the gradient is made while the
+    logits exist: three matmuls instead of four."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, count):
+        logprobs, dx, dweight = loss_gradient(x, weight, targets, (-1 / count).expand(len(x)).contiguous())
+        ctx.save_for_backward(dx, dweight)
+        return -logprobs.sum() / count
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dweight = ctx.saved_tensors
+        return dx * grad, dweight * grad, None, None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+class GPTOSS(nn.Module):
+    """GPT-OSS. `recompute` says what of a block's activations is computed again in the backward instead of being kept:
+    "none" of them, "all", or all but the output of "attention" on full layers, whose cost grows with the square of S."""
+
+    def __init__(self, config, recompute="none"):
+        super().__init__()
+        self.config, self.recompute = config, recompute
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.unembedding = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, tokens, targets=None, documents=None, count=None):
+        """tokens (B, S) int64 -> logits (B, S, V); or with targets (B, S), the tokens that follow, the loss, fp32.
+
+        The loss is the mean over the targets that are not -100. Those are `count`, a 0-d tensor, if that is given: for a
+        batch that is a part of a larger one. documents (B, S): attention stays within runs of equal numbers. In a sequence-
+        parallel group all of them are this rank's slice, and the ranks' losses add up to the loss."""
+        x = self.features(tokens, documents)
+        if targets is None:
+            return self.unembedding(x)
+        targets = self._checked_targets(targets, tokens)
+        if count is None:
+            count = sp.all_reduce((targets != IGNORED).sum())
+        count = count.clamp(min=1).float()  # no counted target: the loss is 0, and so is its gradient
+        inputs = x.flatten(0, 1), self.unembedding.weight, targets.flatten()
+        return CrossEntropy.apply(*inputs, count) if torch.is_grad_enabled() else -LogProbs.apply(*inputs).sum() / count
+
+    def logprobs(self, tokens, targets, documents=None):
+        """log p(targets[b, i] | tokens[b, : i + 1]) (B, S), fp32, differentiable; 0 where the target is -100."""
+        targets = self._checked_targets(targets, tokens)
+        x = self.features(tokens, documents)
+        return LogProbs.apply(x.flatten(0, 1), self.unembedding.weight, targets.flatten()).view(targets.shape)
+
+    def features(self, tokens, documents=None, cache=None):
+        """tokens (B, S) -> (B, S, C), what the unembedding makes logits of. cache: see sample.py's KeyValueCache."""
+        config, s = self.config, tokens.shape[1]
+        S, start = s * sp.size(), cache.length if cache else 0
+        if tokens.dim() != 2 or tokens.is_floating_point() or s == 0:
+            raise ValueError(f"tokens must be integers of shape (B, S), S at least 1; got {tokens.dtype} {tuple(tokens.shape)}")
+        if start + S > config.max_position_embeddings:
+            raise ValueError(f"{start + S} tokens are more than the model's max_position_embeddings={config.max_position_embeddings}")
+        low, high = (int(x) for x in tokens.aminmax())
+        if low < 0 or high >= config.vocab_size:
+            raise ValueError(f"tokens from {low} to {high}: they must lie in [0, vocab_size={config.vocab_size})")
+        x = self.embedding(tokens)  # (B, S, C)
+        cos, sin = rope_tables(config, start + sp.positions(s, tokens.device))
+        documents = None if documents is None else sp.gather_sequence(documents)
+        attend = {
+            window: functools.partial(dense_attention, window=window)
+            if cache
+            else choose_attention(S, window, documents, x.device, x.dtype, config.head_dim)
+            for window in (config.sliding_window, None)
+        }
+        for layer, block in enumerate(self.blocks):
+            remember = functools.partial(cache.extend, layer) if cache else None
+            inputs = x, cos, sin, attend[config.window(layer)], remember
+            if self.recompute == "none" or not torch.is_grad_enabled():
+                x = block(*inputs)
+            else:
+                contexts = functools.partial(Recompute.contexts, keep_attention=self.recompute == "attention")
+                x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+        return self.norm(x)
+
+    def _checked_targets(self, targets, tokens):
+        if targets.shape != tokens.shape:
+            raise ValueError(f"targets {tuple(targets.shape)} and tokens {tuple(tokens.shape)} must have the same shape")
+        low, high = (int(x) for x in targets.aminmax())
+        if high >= self.config.vocab_size or (low < 0 and bool(((targets < 0) & (targets != IGNORED)).any())):
+            raise ValueError(f"targets from {low} to {high}: they must be {IGNORED} or in [0, vocab_size={self.config.vocab_size})")
+        return targets
+
+    @torch.no_grad()
+    def init_weights(self, seed=0):
+        """Set every parameter, also after construction on the meta device and to_empty, and the same on any number of ranks.
+
+        Matrices normal with GPT-2's 0.02, those that write into the residual stream smaller by sqrt(2 layers), norms one,
+        biases and sinks zero."""
+        for number, (name, parameter) in enumerate(self.named_parameters()):
+            if name.endswith("norm.weight"):
+                nn.init.ones_(parameter)
+            elif name.endswith(("bias", "sinks")):
+                nn.init.zeros_(parameter)
+            else:
+                std = 0.02 / math.sqrt(2 * len(self.blocks)) if name.endswith(("out.weight", "down_weight")) else 0.02
+                generator = torch.Generator(parameter.device).manual_seed(seed * 100003 + number)
+                whole = torch.empty(parameter.shape, device=parameter.device).normal_(0, std, generator=generator)
+                copy_rows(parameter, lambda start, end: whole[start:end])
+
+    @classmethod
+    def from_checkpoint(cls, folder, device="cpu", dtype=None, recompute="none"):
+        """The model in `folder`, as save_checkpoint or convert_hf.py wrote it, with load_weights's errors. dtype None: the
+        stored one."""
+        with torch.device("meta"):
+            model = cls(GPTOSSConfig.from_json(Path(folder) / "config.json"), recompute)
+        if dtype is None:
+            with safe_open(weight_files(folder)["norm.weight"], "pt") as file:
+                dtype = file.get_tensor("norm.weight").dtype
+        model = model.to(dtype).to_empty(device=device)
+        load_weights(model, folder)
+        return model
+
+    def save_checkpoint(self, folder, dtype=None):
+        """Write config.json and the parameters, as `dtype` if given, to `folder`; it appears, or takes the place of an older
+        checkpoint, when it is whole. A sharded model's ranks call this together, and the first one writes.
+
+        Layout: model-0000i-of-0000n.safetensors of about 5 GB and model.safetensors.index.json, as on the Hugging Face Hub.
+        ValueError if `folder` holds anything but a checkpoint."""
+        folder = Path(folder)
+        if folder.exists() and os.listdir(folder) and not (folder / INDEX).exists():
+            raise ValueError(f"{folder} holds something other than a checkpoint: name another folder")
+        writes = int(os.environ.get("RANK", 0)) == 0 or not any(isinstance(p, DTensor) for p in self.parameters())
+        shards, size = [[]], 0
+        for name, parameter in self.named_parameters():
+            if size + parameter.numel() * (dtype or parameter.dtype).itemsize > SHARD_BYTES and shards[-1]:
+                shards.append([])
+                size = 0
+            shards[-1].append((name, parameter))
+            size += parameter.numel() * (dtype or parameter.dtype).itemsize
+        partial = folder.with_name(folder.name + ".partial")
+        if writes:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        weight_map = {}
+        for number, shard in enumerate(shards, 1):
+            file, tensors = f"model-{number:05d}-of-{len(shards):05d}.safetensors", {}
+            for name, parameter in shard:
+                whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+                if writes:
+                    tensors[name] = whole.detach().to("cpu", dtype or parameter.dtype).contiguous()
+                    weight_map[name] = file
+            if writes:
+                save_file(tensors, partial / file, metadata={"format": "pt"})
+        if writes:
+            total = sum(p.numel() * (dtype or p.dtype).itemsize for p in self.parameters())
+            (partial / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
+            self.config.to_json(partial / "config.json")
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+
+INDEX, SHARD_BYTES = "model.safetensors.index.json", 5 * 10**9
+
+
+def weight_files(folder):
+    """{parameter name: path of the safetensors file in `folder` that holds it}. ValueError for an index that is not one."""
+    path = Path(folder) / INDEX
+    try:
+        weight_map = json.loads(path.read_text())["weight_map"]
+        if not all(Path(file).name == file for file in weight_map.values()):  # it must not lead out of the folder
+            raise ValueError("a file name in it is a path")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a readable index of a checkpoint ({error}); convert_hf.py makes one") from None
+    return {name: path.with_name(file) for name, file in weight_map.items()}
+
+
+def copy_rows(parameter, rows):
+    """Fill `parameter` with rows(start, end) of the whole tensor: all of them, or those that this rank's shard of a DTensor
+    holds. FSDP cuts the first dimension as torch.chunk does."""
+    start, local = 0, parameter
+    if isinstance(parameter, DTensor):
+        dim = next(i for i, placement in enumerate(parameter.placements) if placement.is_shard(0))
+        chunk = math.ceil(parameter.shape[0] / parameter.device_mesh.size(dim))
+        start = min(chunk * parameter.device_mesh.get_local_rank(dim), parameter.shape[0])
+        local = parameter.to_local()
+    if len(local):
+        local.copy_(rows(start, start + len(local)))
+
+
+@torch.no_grad()
+def load_weights(model, folder):
+    """Fill a materialised model from a checkpoint folder. A rank reads only the rows that its shard of the model holds.
+
+    ValueError that lists what does not fit: missing, unknown and misshapen tensors, files that cannot be read."""
+    wanted, files = dict(model.named_parameters()), weight_files(folder)
+    problems = [f"missing {name}" for name in wanted.keys() - files.keys()]
+    problems += [f"unknown {name}" for name in files.keys() - wanted.keys()]
+    open_files = {}
+    for path in sorted(set(files.values())):
+        try:
+            open_files[path] = safe_open(path, "pt")
+        except Exception as error:  # safetensors has an exception type of its own for each way a file can be wrong
+            problems.append(f"{path.name} is unreadable: {error}")
+    slices = {}
+    for name in sorted(wanted.keys() & files.keys()):
+        if files[name] in open_files:
+            try:
+                slices[name] = open_files[files[name]].get_slice(name)
+                if (shape := tuple(slices[name].get_shape())) != tuple(wanted[name].shape):
+                    problems.append(f"{name} has shape {shape}, the configuration wants {tuple(wanted[name].shape)}")
+            except Exception as error:
+                problems.append(f"{name} in {files[name].name}: {error}")
+    if problems:
+        raise ValueError(f"{folder} does not fit the model:\n  " + "\n  ".join(sorted(problems)))
+    bar = tqdm(wanted.items(), f"loading {folder}", unit=" tensors", disable=None if int(os.environ.get("RANK", 0)) == 0 else True)
+    for name, parameter in bar:
+        copy_rows(parameter, lambda start, end: slices[name][start:end])

@@ -1,0 +1,145 @@
+"""Ulysses sequence parallelism: every rank holds a slice of every sequence, attention sees it whole.
+
+Each of the n ranks of a group has S/n neighbouring tokens of all sequences. Norms, projections, experts and the loss work
+on tokens one by one and never notice. Attention needs the whole sequence, but its heads do not need each other, so one
+all-to-all trades one cut for the other, and a second one trades back:
+
+    (B, S/n, H, D)  -- seq_to_heads -->  (B, S, H/n, D)  -- attention -->  (B, S, H/n, D)  -- heads_to_seq -->  (B, S/n, H, D)
+
+Parameters that belong to a head, such as GPT-OSS's attention sinks, are narrowed to the rank's own heads by `local_heads`.
+That happens inside autograd on every call: each rank gets the gradient of its heads and zeros elsewhere, and the sum over
+the ranks is the whole gradient.
+
+    sp.init(mesh)                                  # once; with no group every function here is the identity
+    tokens, targets = sp.shard(tokens, targets)
+    attention = sp.ulysses(attention)              # any attention(q, k, v, sinks, ...) over full sequences
+
+B batch, S whole sequence, n ranks of the group, H query heads, K key-value heads, D head dim.
+Reference: DeepSpeed-Ulysses, https://arxiv.org/abs/2309.14509
+"""
+
+import functools
+
+import torch
+import torch.distributed as dist
+
+_group = None  # the ranks that share each sequence; None: this rank has its sequences to itself
+
+
+def init(mesh):
+    """Share each sequence among the ranks of `mesh`, a one-dimensional DeviceMesh; None undoes it."""
+    global _group
+    _group = mesh.get_group() if mesh is not None and mesh.size() > 1 else None
+
+
+def size():
+    return dist.get_world_size(_group) if _group else 1
+
+
+def rank():
+    return dist.get_rank(_group) if _group else 0
+
+
+class _AllToAll(torch.autograd.Function):
+    """x (n, ...): rank r's block s becomes rank s's block r. Applied twice it is the identity, so it is its own backward."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        dist.all_to_all_single(out, x, group=_group)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _AllToAll.apply(grad)
+
+
+def seq_to_heads(x):
+    """(B, S/n, H, D) -> (B, S, H/n, D): all tokens, this rank's heads. ValueError if n does not divide H."""
+    n = size()
+    if n == 1:
+        return x
+    B, s, H, D = x.shape
+    if H % n:
+        raise ValueError(f"sp={n} must divide the number of attention heads, {H}")
+    x = x.view(B, s, n, H // n, D).permute(2, 0, 1, 3, 4)  # (n, B, S/n, H/n, D), first the rank it goes to
+    x = _AllToAll.apply(x)  # the same shape, first the rank it came from
+    return x.transpose(0, 1).reshape(B, n * s, H // n, D)  # ranks hold the sequence in order: (n, S/n) is S
+
+
+def heads_to_seq(x):
+    """(B, S, H/n, D) -> (B, S/n, H, D): this rank's tokens, all heads. Undoes seq_to_heads."""
+    n = size()
+    if n == 1:
+        return x
+    B, S, h, D = x.shape
+    x = x.view(B, n, S // n, h, D).transpose(0, 1)  # (n, B, S/n, H/n, D), first the rank it goes to
+    x = _AllToAll.apply(x)  # the same shape, first the rank it came from
+    return x.permute(1, 2, 0, 3, 4).reshape(B, S // n, n * h, D)  # rank r has heads r H/n to (r+1) H/n
+
+
+def repeat_kv(x):
+    """(B, S/n, K, D) -> (B, S/n, max(K, n), D): with more ranks than key-value heads, several ranks share one, so it is
+    repeated. Query head h reads key-value head h // (H/K) before and after. ValueError if neither of n and K divides the other."""
+    n, K = size(), x.shape[2]
+    if K % n == 0:
+        return x
+    if n % K:
+        raise ValueError(f"sp={n} must divide, or be a multiple of, the number of key-value heads, {K}")
+    return x.repeat_interleave(n // K, dim=2)
+
+
+def local_heads(x):
+    """(H, ...) -> (H/n, ...): this rank's slice of a parameter that has one entry a head."""
+    h = x.shape[0] // size()
+    return x.narrow(0, rank() * h, h)
+
+
+def ulysses(attention):
+    """Make `attention(q, k, v, sinks, ...)`, written for whole sequences (B, S, heads, D), run on slices of them.
+
+    The result takes q (B, S/n, H, D), k and v (B, S/n, K, D), sinks (H) or None, and returns (B, S/n, H, D). Further
+    arguments pass through: what they say of the sequence, a mask for example, they say of the whole of it.
+    """
+
+    @functools.wraps(attention)
+    def parallel(q, k, v, sinks=None, *args, **kwargs):
+        q, k, v = seq_to_heads(q), seq_to_heads(repeat_kv(k)), seq_to_heads(repeat_kv(v))
+        sinks = local_heads(sinks) if sinks is not None else None
+        return heads_to_seq(attention(q, k, v, sinks, *args, **kwargs))
+
+    return parallel
+
+
+def shard(*batch):
+    """Each (B, S, ...) tensor -> this rank's (B, S/n, ...) slice; None stays None. ValueError if n does not divide S.
+
+    Shift targets before sharding: the target of a slice's last token lies in the next rank's slice.
+    """
+    n = size()
+    for x in batch:
+        if x is not None and x.shape[1] % n:
+            raise ValueError(f"sp={n} must divide the sequence length, {x.shape[1]}")
+    return tuple(None if x is None else x.chunk(n, dim=1)[rank()] for x in batch)
+
+
+def positions(s, device=None):
+    """Positions in the whole sequence of this rank's s tokens: (s), int64."""
+    return torch.arange(rank() * s, (rank() + 1) * s, device=device)
+
+
+def gather_sequence(x):
+    """(B, S/n) -> (B, S) on every rank. For integers such as document numbers: no gradient."""
+    if size() == 1:
+        return x
+    out = x.new_empty(size(), *x.shape)
+    dist.all_gather_into_tensor(out, x.contiguous(), group=_group)
+    return out.transpose(0, 1).flatten(1, 2)  # (n, B, S/n) -> (B, S)
+
+
+def all_reduce(x):
+    """The sum of x over the group, in place. For counts: no gradient."""
+    if size() > 1:
+        dist.all_reduce(x, group=_group)
+    return x
