@@ -16,23 +16,18 @@ Letters in shapes:
 import functools
 import json
 import math
-import os
-import shutil
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
 import sp
+from checkpoint import copy_rows, first_rank, load_weights, save_weights, stored_dtype
 
 IGNORED = -100  # a target that the loss does not count
 LOSS_ROWS = 2048  # rows of logits that exist at a time: 0.8 GiB of bf16 for the real vocabulary
@@ -66,7 +61,7 @@ class GPTOSSConfig:
     rms_norm_eps: float = 1e-5
 
     def __post_init__(self):
-        for field in fields(self):
+        for field in fields(GPTOSSConfig):
             value = getattr(self, field.name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not number or value <= 0 or (field.type is int and value != int(value)):
@@ -168,7 +163,7 @@ def _from_hugging_face(given, path):
 @functools.cache
 def say(message):
     """Print a choice once, on the first rank."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    if first_rank():
         print(message, flush=True)
 
 
@@ -712,7 +707,7 @@ class GPTOSS(nn.Module):
         if tokens.dim() != 2 or tokens.is_floating_point() or s == 0:
             raise ValueError(f"tokens must be integers of shape (B, S), S at least 1; got {tokens.dtype} {tuple(tokens.shape)}")
         if start + S > config.max_position_embeddings:
-            raise ValueError(f"{start + S} tokens are more than the model's max_position_embeddings={config.max_position_embeddings}")
+            raise ValueError(f"{start + S} tokens do not fit the model's max_position_embeddings={config.max_position_embeddings}")
         low, high = (int(x) for x in tokens.aminmax())
         if low < 0 or high >= config.vocab_size:
             raise ValueError(f"tokens from {low} to {high}: they must lie in [0, vocab_size={config.vocab_size})")
@@ -757,117 +752,18 @@ class GPTOSS(nn.Module):
             else:
                 std = 0.02 / math.sqrt(2 * len(self.blocks)) if name.endswith(("out.weight", "down_weight")) else 0.02
                 generator = torch.Generator(parameter.device).manual_seed(seed * 100003 + number)
-                whole = torch.empty(parameter.shape, device=parameter.device).normal_(0, std, generator=generator)
-                copy_rows(parameter, lambda start, end: whole[start:end])
+                copy_rows(parameter, torch.empty(parameter.shape, device=parameter.device).normal_(0, std, generator=generator))
 
     @classmethod
     def from_checkpoint(cls, folder, device="cpu", dtype=None, recompute="none"):
-        """The model in `folder`, as save_checkpoint or convert_hf.py wrote it, with load_weights's errors. dtype None: the
-        stored one."""
+        """The model in `folder`, as save_checkpoint or convert_hf.py wrote it, with checkpoint.load_weights's
+        errors. dtype None: the stored one."""
         with torch.device("meta"):
             model = cls(GPTOSSConfig.from_json(Path(folder) / "config.json"), recompute)
-        if dtype is None:
-            with safe_open(weight_files(folder)["norm.weight"], "pt") as file:
-                dtype = file.get_tensor("norm.weight").dtype
-        model = model.to(dtype).to_empty(device=device)
+        model = model.to(dtype or stored_dtype(folder)).to_empty(device=device)
         load_weights(model, folder)
         return model
 
     def save_checkpoint(self, folder, dtype=None):
-        """Write config.json and the parameters, as `dtype` if given, to `folder`; it appears, or takes the place of an older
-        checkpoint, when it is whole. A sharded model's ranks call this together, and the first one writes.
-
-        Layout: model-0000i-of-0000n.safetensors of about 5 GB and model.safetensors.index.json, as on the Hugging Face Hub.
-        ValueError if `folder` holds anything but a checkpoint."""
-        folder = Path(folder)
-        if folder.exists() and os.listdir(folder) and not (folder / INDEX).exists():
-            raise ValueError(f"{folder} holds something other than a checkpoint: name another folder")
-        writes = int(os.environ.get("RANK", 0)) == 0 or not any(isinstance(p, DTensor) for p in self.parameters())
-        shards, size = [[]], 0
-        for name, parameter in self.named_parameters():
-            if size + parameter.numel() * (dtype or parameter.dtype).itemsize > SHARD_BYTES and shards[-1]:
-                shards.append([])
-                size = 0
-            shards[-1].append((name, parameter))
-            size += parameter.numel() * (dtype or parameter.dtype).itemsize
-        partial = folder.with_name(folder.name + ".partial")
-        if writes:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        weight_map = {}
-        for number, shard in enumerate(shards, 1):
-            file, tensors = f"model-{number:05d}-of-{len(shards):05d}.safetensors", {}
-            for name, parameter in shard:
-                whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-                if writes:
-                    tensors[name] = whole.detach().to("cpu", dtype or parameter.dtype).contiguous()
-                    weight_map[name] = file
-            if writes:
-                save_file(tensors, partial / file, metadata={"format": "pt"})
-        if writes:
-            total = sum(p.numel() * (dtype or p.dtype).itemsize for p in self.parameters())
-            (partial / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
-            self.config.to_json(partial / "config.json")
-            shutil.rmtree(folder, ignore_errors=True)
-            partial.rename(folder)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Files
-
-INDEX, SHARD_BYTES = "model.safetensors.index.json", 5 * 10**9
-
-
-def weight_files(folder):
-    """{parameter name: path of the safetensors file in `folder` that holds it}. ValueError for an index that is not one."""
-    path = Path(folder) / INDEX
-    try:
-        weight_map = json.loads(path.read_text())["weight_map"]
-        if not all(Path(file).name == file for file in weight_map.values()):  # it must not lead out of the folder
-            raise ValueError("a file name in it is a path")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not a readable index of a checkpoint ({error}); convert_hf.py makes one") from None
-    return {name: path.with_name(file) for name, file in weight_map.items()}
-
-
-def copy_rows(parameter, rows):
-    """Fill `parameter` with rows(start, end) of the whole tensor: all of them, or those that this rank's shard of a DTensor
-    holds. FSDP cuts the first dimension as torch.chunk does."""
-    start, local = 0, parameter
-    if isinstance(parameter, DTensor):
-        dim = next(i for i, placement in enumerate(parameter.placements) if placement.is_shard(0))
-        chunk = math.ceil(parameter.shape[0] / parameter.device_mesh.size(dim))
-        start = min(chunk * parameter.device_mesh.get_local_rank(dim), parameter.shape[0])
-        local = parameter.to_local()
-    if len(local):
-        local.copy_(rows(start, start + len(local)))
-
-
-@torch.no_grad()
-def load_weights(model, folder):
-    """Fill a materialised model from a checkpoint folder. A rank reads only the rows that its shard of the model holds.
-
-    ValueError that lists what does not fit: missing, unknown and misshapen tensors, files that cannot be read."""
-    wanted, files = dict(model.named_parameters()), weight_files(folder)
-    problems = [f"missing {name}" for name in wanted.keys() - files.keys()]
-    problems += [f"unknown {name}" for name in files.keys() - wanted.keys()]
-    open_files = {}
-    for path in sorted(set(files.values())):
-        try:
-            open_files[path] = safe_open(path, "pt")
-        except Exception as error:  # safetensors has an exception type of its own for each way a file can be wrong
-            problems.append(f"{path.name} is unreadable: {error}")
-    slices = {}
-    for name in sorted(wanted.keys() & files.keys()):
-        if files[name] in open_files:
-            try:
-                slices[name] = open_files[files[name]].get_slice(name)
-                if (shape := tuple(slices[name].get_shape())) != tuple(wanted[name].shape):
-                    problems.append(f"{name} has shape {shape}, the configuration wants {tuple(wanted[name].shape)}")
-            except Exception as error:
-                problems.append(f"{name} in {files[name].name}: {error}")
-    if problems:
-        raise ValueError(f"{folder} does not fit the model:\n  " + "\n  ".join(sorted(problems)))
-    bar = tqdm(wanted.items(), f"loading {folder}", unit=" tensors", disable=None if int(os.environ.get("RANK", 0)) == 0 else True)
-    for name, parameter in bar:
-        copy_rows(parameter, lambda start, end: slices[name][start:end])
+        """Write config.json and the parameters, as `dtype` if given, with checkpoint.save_weights's layout and errors."""
+        save_weights(self, folder, dtype, write_config=self.config.to_json)

@@ -1,0 +1,576 @@
+"""Weights in and out: a released GPT-OSS becomes a checkpoint folder of ours, and ours one that everybody else loads.
+
+    python convert_hf.py openai/gpt-oss-20b                        # Hub name or local folder -> checkpoints/gpt-oss-20b
+    python convert_hf.py my-download --out my-folder               # the same, from a folder, to a place of your choice
+    python convert_hf.py openai/gpt-oss-20b --verify               # ours against transformers' on one prompt
+    python convert_hf.py --export runs/my-run --out my-model       # -> a folder that transformers and vLLM load
+    python convert_hf.py --export runs/my-run --out my-model --mxfp4
+
+Three layouts are read: Hugging Face's with its experts in bf16 or in MXFP4, and OpenAI's own (`original/` on the Hub).
+Both ways the two sets of names must be equal and every shape as expected before a byte is written; dtypes stay as they
+are stored, MXFP4 becomes bf16, exactly. Tensors pass in slices of a few rows, so that a laptop's memory is enough, and
+the folder appears under its name only when it is whole.
+
+References: MXFP4, https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf;
+safetensors' file format, https://github.com/huggingface/safetensors; the layouts, https://huggingface.co/openai/gpt-oss-20b.
+
+Letters in shapes: E experts    C hidden size    F expert hidden size    G groups of 32 values that share a scale
+"""
+
+import argparse
+import functools
+import json
+import math
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from checkpoint import INDEX, SHARD_BYTES, Aside
+from model import GPTOSS, GPTOSSConfig
+
+SLICE_BYTES = 4_000_000  # what is converted at a time; one expert, if that is more
+WORKERS = 4  # slices under way at once, so that reading, converting and writing overlap
+COMPANIONS = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template*")  # travel with the weights
+KEPT = "hf_config.json"  # the source's own config.json, for the fields that the model does not need and an export does
+
+# ----------------------------------------------------------------------------------------------------------------------
+# MXFP4: 32 values share one scale, a power of two, and are four bits each: a sign and one of eight magnitudes.
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where values are packed and unpacked
+GROUP = 32
+MAGNITUDES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+# A magnitude's code is the number of these that lie below it. A tie goes to the even code, so every second threshold is
+# itself the first value of the upper code, and must stand one fp32 step lower.
+THRESHOLDS = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+THRESHOLDS[1::2] = torch.nextafter(THRESHOLDS[1::2], torch.tensor(0.0))
+# What each byte holds, two bf16 side by side, low nibble first, seen as one int32: one look-up unpacks both.
+_values = MAGNITUDES + [-m for m in MAGNITUDES]
+PAIRS = torch.tensor([(_values[b & 15], _values[b >> 4]) for b in range(256)], dtype=torch.bfloat16).view(torch.int32).squeeze(1)
+POWERS = (2.0 ** (torch.arange(256, dtype=torch.float64) - 127)).float()  # of each scale byte; 1 / POWERS[b] is POWERS[254 - b]
+POWERS[255] = torch.nan  # so says the format; transformers makes infinity of it
+
+
+def look_up(table, indices):
+    """table[indices] for a uint8 tensor. index_select: an order of magnitude faster on a CPU than indexing by a tensor."""
+    return table.to(indices.device).index_select(0, indices.flatten().int()).view(indices.shape)
+
+
+def dequantize_mxfp4(blocks, scales):
+    """uint8 blocks (..., G, 16) and scales (..., G) -> (..., 32 G) bf16, which holds every MXFP4 value exactly."""
+    values = look_up(PAIRS, blocks.to(DEVICE)).view(torch.bfloat16)  # (..., G, 32)
+    values *= look_up(POWERS.bfloat16(), scales.to(DEVICE)).unsqueeze(-1)
+    return values.flatten(-2)
+
+
+def quantize_mxfp4(weight):
+    """(..., 32 G) of any float dtype -> uint8 blocks (..., G, 16), scales (..., G): the nearest value, ties to even.
+
+    The scale is 2 ** (floor(log2(largest magnitude)) - 2), which puts the largest into [4, 8); above 6 it saturates.
+    What came out of MXFP4 goes back without change: its values, that is, a group may find a smaller scale for them."""
+    groups = weight.to(DEVICE).unflatten(-1, (-1, GROUP)).contiguous()  # (..., G, 32)
+    magnitudes = groups.float().abs()
+    largest = magnitudes.amax(-1)
+    if not largest.isfinite().all():
+        raise ValueError("MXFP4 cannot hold infinite values or NaN: this checkpoint is broken, export an earlier one")
+    exponent = torch.frexp(largest).exponent - 1  # floor(log2), and exact, which log2 is not
+    scales = torch.where(largest > 0, exponent - 2 + 127, 0).clamp(0, 254).to(torch.uint8)
+    magnitudes *= look_up(POWERS, 254 - scales).unsqueeze(-1)
+    codes = torch.bucketize(magnitudes, THRESHOLDS.to(DEVICE), out_int32=True).to(torch.uint8)
+    codes += groups.signbit().to(torch.uint8) * 8  # signbit: minus zero has a code of its own
+    return codes[..., 0::2] + codes[..., 1::2] * 16, scales
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Layouts: which tensors stand for one of ours elsewhere, and what turns one into the other
+
+HUGGING_FACE, OPENAI = 0, 1
+NAMES = {  # ours: (Hugging Face's, OpenAI's); N is a block's number, and Hugging Face keeps q, k and v apart
+    "embedding.weight": ("model.embed_tokens.weight", "embedding.weight"),
+    "blocks.N.attention_norm.weight": ("model.layers.N.input_layernorm.weight", "block.N.attn.norm.scale"),
+    "blocks.N.attention.qkv.weight": ("model.layers.N.self_attn.qkv_proj.weight", "block.N.attn.qkv.weight"),
+    "blocks.N.attention.qkv.bias": ("model.layers.N.self_attn.qkv_proj.bias", "block.N.attn.qkv.bias"),
+    "blocks.N.attention.sinks": ("model.layers.N.self_attn.sinks", "block.N.attn.sinks"),
+    "blocks.N.attention.out.weight": ("model.layers.N.self_attn.o_proj.weight", "block.N.attn.out.weight"),
+    "blocks.N.attention.out.bias": ("model.layers.N.self_attn.o_proj.bias", "block.N.attn.out.bias"),
+    "blocks.N.mlp_norm.weight": ("model.layers.N.post_attention_layernorm.weight", "block.N.mlp.norm.scale"),
+    "blocks.N.mlp.router.weight": ("model.layers.N.mlp.router.weight", "block.N.mlp.gate.weight"),
+    "blocks.N.mlp.router.bias": ("model.layers.N.mlp.router.bias", "block.N.mlp.gate.bias"),
+    "blocks.N.mlp.gate_up_weight": ("model.layers.N.mlp.experts.gate_up_proj", "block.N.mlp.mlp1_weight"),
+    "blocks.N.mlp.gate_up_bias": ("model.layers.N.mlp.experts.gate_up_proj_bias", "block.N.mlp.mlp1_bias"),
+    "blocks.N.mlp.down_weight": ("model.layers.N.mlp.experts.down_proj", "block.N.mlp.mlp2_weight"),
+    "blocks.N.mlp.down_bias": ("model.layers.N.mlp.experts.down_proj_bias", "block.N.mlp.mlp2_bias"),
+    "norm.weight": ("model.norm.weight", "norm.scale"),
+    "unembedding.weight": ("lm_head.weight", "unembedding.weight"),
+}
+
+
+def as_it_is(x):
+    return x
+
+
+def gates_then_ups(x):
+    """Columns (..., gate, up, gate, up, …) of theirs -> all gates, then all ups, as ours."""
+    return torch.cat([x[..., 0::2], x[..., 1::2]], dim=-1)
+
+
+def interleaved(x):
+    return torch.stack(x.chunk(2, dim=-1), dim=-1).flatten(-2)
+
+
+class Counterpart(NamedTuple):
+    """One of our tensors, and those of another layout that hold the same numbers."""
+
+    name: str
+    shape: tuple[int, ...]
+    theirs: dict[str, tuple[int, ...]]  # name -> shape
+    to_ours: Callable  # rows of theirs -> the same rows of ours
+    to_theirs: Callable  # rows of ours -> the same rows of each of theirs
+    mxfp4: bool = False
+
+
+def counterpart(name, shape, config, layout, mxfp4):
+    """The Counterpart of our tensor `name` in `layout`, with its experts in MXFP4 or not."""
+    block = re.match(r"blocks\.(\d+)\.", name)
+    number = block[1] if block else ""
+    their = NAMES[name.replace(f"blocks.{number}.", "blocks.N.", 1)][layout].replace(".N.", f".{number}.")
+    to_ours, to_theirs = (gates_then_ups, interleaved) if "gate_up" in name else (as_it_is, as_it_is)
+
+    if ".qkv." in name and layout == HUGGING_FACE:
+        heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads, "v": config.num_key_value_heads}
+        rows = [config.head_dim * n for n in heads.values()]
+        theirs = {their.replace("qkv", letter): (n, *shape[1:]) for letter, n in zip(heads, rows)}
+        return Counterpart(name, shape, theirs, lambda *qkv: torch.cat(qkv), lambda qkv: qkv.split(rows))
+    if not name.endswith(("gate_up_weight", "down_weight")):
+        return Counterpart(name, shape, {their: shape}, to_ours, to_theirs)
+    experts, inputs, outputs = shape
+    if mxfp4:
+        if inputs % GROUP:
+            raise ValueError(f"{name}: MXFP4 needs a multiple of {GROUP} inputs, and this has {inputs}: export without --mxfp4")
+        groups, joint = (experts, outputs, inputs // GROUP), ("_", ".")[layout]
+        theirs = {f"{their}{joint}blocks": (*groups, GROUP // 2), f"{their}{joint}scales": groups}
+        decode = lambda blocks, scales: to_ours(dequantize_mxfp4(blocks, scales).mT)  # noqa: E731
+        return Counterpart(name, shape, theirs, decode, lambda x: quantize_mxfp4(to_theirs(x.to(DEVICE)).mT), mxfp4=True)
+    if layout == OPENAI:  # (E, out, in) like MXFP4; Hugging Face's bf16 is (E, in, out) like ours
+        theirs = {their: (experts, outputs, inputs)}
+        return Counterpart(name, shape, theirs, lambda x: to_ours(x.mT), lambda x: to_theirs(x).mT)
+    return Counterpart(name, shape, {their: shape}, to_ours, to_theirs)
+
+
+def counterparts(config, layout, mxfp4):
+    """Of every parameter of the model, in its order."""
+    with torch.device("meta"):
+        parameters = dict(GPTOSS(config).named_parameters())
+    return [counterpart(name, tuple(p.shape), config, layout, mxfp4) for name, p in parameters.items()]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Safetensors files: 8 bytes with the length of a header, the header (JSON: name -> dtype, shape, place), the tensors.
+# Read and written by place here, so that slices of a tensor can come and go in any order and from several threads.
+
+HEADER_BYTES = 100_000_000  # the most that other readers of the format accept
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
+
+
+class Place(NamedTuple):
+    """Where a tensor lies: from byte `offset` of the file `path`."""
+
+    path: Path
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self):
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def file_range(self, rows):
+        """Byte position and number of bytes of a slice along the first dimension."""
+        start, stop, _ = rows.indices(self.shape[0])
+        row = self.nbytes // self.shape[0]
+        return self.offset + start * row, (stop - start) * row
+
+    def read(self, rows):
+        offset, count = self.file_range(rows)
+        data = torch.from_numpy(np.fromfile(self.path, np.uint8, count=count, offset=offset))
+        return data.view(self.dtype).view(-1, *self.shape[1:])
+
+    def write(self, rows, tensor):
+        """Returns the number of bytes written."""
+        offset, count = self.file_range(rows)
+        data = tensor.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy()
+        assert data.nbytes == count, f"{data.nbytes} bytes for a place of {count}"
+        with open(self.path, "r+b") as file:
+            file.seek(offset)
+            data.tofile(file)
+        return count
+
+
+def read_header(path):
+    """{name: Place} of a safetensors file. ValueError if it is none. A truncated file still has a whole header."""
+    size = path.stat().st_size
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > min(size - 8, HEADER_BYTES):
+                raise ValueError(f"a header of {length:,} bytes in a file of {size:,}")
+            header = json.loads(file.read(length))
+        places = {}
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            if entry["dtype"] not in DTYPES:
+                raise ValueError(f"{name} has dtype {entry['dtype']}, none of {', '.join(DTYPES)}")
+            begin, end = entry["data_offsets"]
+            place = places[name] = Place(path, 8 + length + begin, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+            numbers = (begin, end, *place.shape)
+            if any(type(n) is not int or n < 0 for n in numbers) or place.nbytes != end - begin:
+                raise ValueError(f"{name} has bytes {begin} to {end} for {entry['dtype']} {place.shape}")
+        return places
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path.name}: broken or no safetensors file ({error})") from None
+
+
+def shard_names(folder):
+    """File names of a checkpoint's shards: those its index lists, or every safetensors file."""
+    index = folder / INDEX
+    if not index.exists():
+        return sorted(path.name for path in folder.glob("*.safetensors"))
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index}: broken ({error!r}): download it again") from None
+    for name in names:  # an index comes from strangers: it must not send us to files outside the folder
+        if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", str(name)):
+            raise ValueError(f"{index}: {name!r} is no plain name of a safetensors file")
+    return sorted(names)
+
+
+def read_places(folder):
+    """({name: Place} of a checkpoint's tensors, what is wrong with its files)."""
+    places, problems = {}, []
+    for name in shard_names(folder):
+        try:
+            shard = read_header(folder / name)
+        except (OSError, ValueError) as error:
+            problems.append(f"missing file {name}" if isinstance(error, FileNotFoundError) else str(error))
+            continue
+        size, end = (folder / name).stat().st_size, max((place.offset + place.nbytes for place in shard.values()), default=0)
+        if size < end:
+            problems.append(f"{name} is truncated: {size:,} of {end:,} bytes")
+        problems += [f"{tensor} is in {name} and in {places[tensor].path.name}" for tensor in shard.keys() & places.keys()]
+        places |= shard
+    if not places:
+        raise ValueError(f"{folder}: no tensors in safetensors files here" + "".join(f"\n  {p}" for p in problems))
+    return places, problems
+
+
+def create_shards(folder, tensors):
+    """Make files with room for tensors {name: (dtype, shape)}, and their index; returns {name: Place}."""
+    shards, full = [], SHARD_BYTES
+    for name, (dtype, shape) in tensors.items():
+        nbytes = math.prod(shape) * dtype.itemsize
+        if full + nbytes > SHARD_BYTES:
+            shards.append({})
+            full = 0
+        shards[-1][name] = nbytes
+        full += nbytes
+    codes, places = {dtype: code for code, dtype in DTYPES.items()}, {}
+    for i, shard in enumerate(shards, 1):
+        path, header, end = folder / f"model-{i:05d}-of-{len(shards):05d}.safetensors", {"__metadata__": {"format": "pt"}}, 0
+        for name in sorted(shard, key=lambda name: -tensors[name][0].itemsize):  # large dtypes first, so that all are aligned
+            dtype, shape = tensors[name]
+            header[name] = {"dtype": codes[dtype], "shape": shape, "data_offsets": [end, end + shard[name]]}
+            end += shard[name]
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with open(path, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + end)
+        places |= read_header(path)
+    index = {
+        "metadata": {"total_size": sum(place.nbytes for place in places.values())},
+        "weight_map": {name: places[name].path.name for name in tensors},
+    }
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return places
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One conversion, either way
+
+
+def check(folder, places, problems, expected):
+    """Raise one ValueError with every problem: of the files, and where `places` are not the expected {name: shape}.
+
+    A name that ends in blocks or scales holds uint8, any other floats."""
+    problems = problems + [f"missing {name} {expected[name]}" for name in expected if name not in places]
+    for name, place in places.items():
+        packed = name.endswith(("blocks", "scales"))
+        if name not in expected:
+            problems.append(f"unexpected {name} {place.shape}")
+        elif place.shape != expected[name]:
+            problems.append(f"{name} has shape {place.shape}, and the config asks for {expected[name]}")
+        elif packed != (place.dtype == torch.uint8):
+            problems.append(f"{name} has dtype {place.dtype}")
+    if problems:
+        shown = problems[:40] + [f"… and {len(problems) - 40} more"] * (len(problems) > 40)
+        raise ValueError(f"{folder}: {len(problems)} problems, nothing was converted\n  " + "\n  ".join(shown))
+
+
+def row_slices(places):
+    """Slices of the first dimension, the same in all `places`, of about SLICE_BYTES; of places that differ in it, all rows
+    at once: those are q, k and v, which are small."""
+    lengths = {place.shape[0] for place in places}
+    if len(lengths) > 1:
+        return [slice(None)]
+    (length,) = lengths
+    step = max(1, SLICE_BYTES * length // max(place.nbytes for place in places))
+    return [slice(i, i + step) for i in range(0, length, step)]
+
+
+def convert(jobs, label):
+    """Run jobs (function, places to read, places to write), slice by slice, in a few threads, and print the speed."""
+    total = sum(place.nbytes for _, _, targets in jobs for place in targets)
+
+    def run(function, sources, targets, rows):
+        results = function(*(place.read(rows) for place in sources))
+        results = [results] if isinstance(results, torch.Tensor) else results
+        return sum(place.write(rows, result) for place, result in zip(targets, results, strict=True))
+
+    slices = [(*job, rows) for job in jobs for rows in row_slices([*job[1], *job[2]])]
+    began = time.perf_counter()
+    with ThreadPoolExecutor(WORKERS) as pool, tqdm(total=total, unit="B", unit_scale=True, desc=label) as bar:
+        for written in pool.map(lambda arguments: run(*arguments), slices):
+            bar.update(written)
+        for path in {place.path for _, _, targets in jobs for place in targets}:
+            with open(path, "r+b") as file:
+                os.fsync(file.fileno())  # whole means on the disk
+    seconds = time.perf_counter() - began
+    print(f"{total / 1e9:.3f} GB written in {seconds:.1f} s: {total / 1e9 / seconds:.2f} GB/s")
+
+
+def refuse_occupied(out):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not empty: remove it, or choose another --out")
+
+
+def copy_companions(source, folder):
+    for path in {path for pattern in COMPANIONS for path in source.glob(pattern) if path.is_file()}:
+        shutil.copyfile(path, folder / path.name)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Import
+
+
+def fetch(source):
+    """A local folder as it is; a Hub name: the folder into which its top-level files were downloaded."""
+    if Path(source).is_dir():
+        return Path(source)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
+        raise FileNotFoundError(f"{source}: no such folder, and no name on the Hub (like openai/gpt-oss-20b) either")
+    from huggingface_hub import snapshot_download
+
+    wanted = ["config.json", "*.safetensors", "*.safetensors.index.json", *COMPANIONS]
+    try:  # the patterns' * also matches a slash: without the second list, copies in other layouts would come along
+        return Path(snapshot_download(source, allow_patterns=wanted, ignore_patterns=["*/*"]))
+    except (OSError, ValueError) as error:  # what huggingface_hub raises for an unknown name, no access, no network
+        raise ValueError(f"{source}: no such folder here, and the download failed: {error}") from error
+
+
+def find_layout(folder, names):
+    """(layout, whether its experts are in MXFP4)."""
+    for prefix, layout in ("model.layers.", HUGGING_FACE), ("block.", OPENAI):
+        if any(name.startswith(prefix) for name in names):
+            return layout, any(name.endswith(("_blocks", ".blocks")) for name in names)
+    raise ValueError(f"{folder}: neither Hugging Face's nor OpenAI's names, but {sorted(names)[0]}, …: is it converted already?")
+
+
+def import_checkpoint(source, out):
+    """Convert the folder or Hub name `source` into the checkpoint folder `out`. ValueError, and no folder, if it is broken."""
+    refuse_occupied(out)
+    folder = fetch(source)
+    config = GPTOSSConfig.from_json(folder / "config.json")
+    places, problems = read_places(folder)
+    layout, mxfp4 = find_layout(folder, places)
+    print(f"{folder}: {('Hugging Face', 'OpenAI')[layout]}'s layout, experts in {'MXFP4' if mxfp4 else 'plain floats'}")
+    pairs = counterparts(config, layout, mxfp4)
+    check(folder, places, problems, {name: shape for pair in pairs for name, shape in pair.theirs.items()})
+    stored = {pair.name: functools.reduce(torch.promote_types, (places[name].dtype for name in pair.theirs)) for pair in pairs}
+    with Aside(out.resolve()) as partial:
+        ours = create_shards(partial, {p.name: (torch.bfloat16 if p.mxfp4 else stored[p.name], p.shape) for p in pairs})
+        convert([(p.to_ours, [places[name] for name in p.theirs], [ours[p.name]]) for p in pairs], "import")
+        config.to_json(partial / "config.json")
+        if layout == HUGGING_FACE:
+            shutil.copyfile(folder / "config.json", partial / KEPT)
+        copy_companions(folder, partial)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Export
+
+
+def hf_config(config, dtype, mxfp4, kept):
+    """Hugging Face's config.json for `config`; `kept`: the one that came with the weights, or {}.
+
+    Rotary settings are written as the released models have them, which every version of transformers and vLLM reads."""
+    tokens = {"eos_token_id": 200_002, "pad_token_id": 199_999} if config.vocab_size == GPTOSSConfig.vocab_size else {}
+    kept = {name: value for name, value in kept.items() if name not in ("quantization_config", "rope_parameters", "dtype")}
+    renamed = ("num_experts", "rope_scaling_factor", "rope_ntk_alpha", "rope_ntk_beta")
+    given = tokens | kept | {name: value for name, value in asdict(config).items() if name not in renamed}
+    given["rope_scaling"] = {
+        "rope_type": "yarn",
+        "factor": config.rope_scaling_factor,
+        "beta_fast": config.rope_ntk_beta,
+        "beta_slow": config.rope_ntk_alpha,
+        "original_max_position_embeddings": config.initial_context_length,
+        "truncate": False,
+    }
+    given |= {
+        "architectures": ["GptOssForCausalLM"],
+        "model_type": "gpt_oss",
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "num_local_experts": config.num_experts,
+        "num_experts_per_tok": config.experts_per_token,
+        "layer_types": ["full_attention" if layer % 2 else "sliding_attention" for layer in range(config.num_hidden_layers)],
+        "attention_bias": True,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+    }
+    if mxfp4:
+        modules = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+        given["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": modules}
+    return given
+
+
+def export_checkpoint(run, out, mxfp4=False, dtype=None, companions=None):
+    """Write the checkpoint folder or training run `run` for transformers and vLLM. dtype None: each tensor's own.
+
+    companions: a folder with the tokenizer, if `run` has none."""
+    refuse_occupied(out)
+    folder = run / "model" if (run / "model").is_dir() else run
+    config = GPTOSSConfig.from_json(folder / "config.json")
+    places, problems = read_places(folder)
+    if "embedding.weight" not in places or "block.0.attn.sinks" in places:
+        raise ValueError(f"{folder} is no checkpoint of ours: import it first")
+    pairs = counterparts(config, HUGGING_FACE, mxfp4)
+    check(folder, places, problems, {pair.name: pair.shape for pair in pairs})
+    squares = []  # of the error and of the weights, of each slice that is quantized
+
+    def quantize(pair, weight):
+        packed, weight = pair.to_theirs(weight), weight.to(DEVICE).float()
+        squares.append([x.norm().item() ** 2 for x in (pair.to_ours(*packed) - weight, weight)])
+        return packed
+
+    def job(pair, theirs):
+        function = functools.partial(quantize, pair) if pair.mxfp4 else pair.to_theirs
+        return function, [places[pair.name]], [theirs[name] for name in pair.theirs]
+
+    with Aside(out.resolve()) as partial:
+        stored = {p.name: torch.uint8 if p.mxfp4 else dtype or places[p.name].dtype for p in pairs}
+        theirs = create_shards(partial, {name: (stored[p.name], shape) for p in pairs for name, shape in p.theirs.items()})
+        convert([job(pair, theirs) for pair in pairs], "export")
+        if squares:
+            error, weights = (sum(column) for column in zip(*squares))
+            print(f"MXFP4 experts: relative error {math.sqrt(error / weights) if weights else 0.0:.3e}")
+        kept = json.loads((folder / KEPT).read_text()) if (folder / KEPT).exists() else {}
+        given = hf_config(config, stored["norm.weight"], mxfp4, kept)
+        (partial / "config.json").write_text(json.dumps(given, indent=2) + "\n")
+        for source in companions, folder:
+            if source:
+                copy_companions(source, partial)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Verification
+
+
+@torch.no_grad()
+def verify(source, folder):
+    """Compare logprobs of the checkpoint `folder` with transformers' of its `source`. ValueError unless they agree.
+
+    A comparison that cannot fail proves nothing: with gates and ups exchanged, a mistake no shape reveals, ours must
+    differ. In fp32 where the model fits, else in bf16, where rounding alone moves logprobs by tenths."""
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer, Mxfp4Config
+    except ImportError as error:
+        raise ValueError("--verify compares with transformers: pip install transformers") from error
+    source, config = fetch(source), GPTOSSConfig.from_json(folder / "config.json")
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in GPTOSS(config).parameters())
+    free = torch.cuda.mem_get_info()[0] if DEVICE == "cuda" else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    dtype, tolerance = (torch.float32, 1e-3) if 4 * parameters < 0.8 * free else (torch.bfloat16, 0.5)
+
+    # The prompt is this file's docstring: longer than the sliding window.
+    if (source / "tokenizer.json").exists():
+        ids = AutoTokenizer.from_pretrained(source)(__doc__)["input_ids"]
+    else:
+        ids = [byte % config.vocab_size for byte in __doc__.encode()]
+    tokens = torch.tensor([ids[: min(256, config.max_position_embeddings)]], device=DEVICE)
+
+    def logprobs(logits):
+        return logits.float().log_softmax(-1).cpu()
+
+    quantized = "quantization_config" in json.loads((source / "config.json").read_text())
+    options = {"quantization_config": Mxfp4Config(dequantize=True)} if quantized else {}
+    theirs = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options).to(DEVICE, dtype)
+    expected = logprobs(theirs(tokens).logits)
+    del theirs
+    ours = GPTOSS.from_checkpoint(folder, DEVICE, dtype)
+    difference = (logprobs(ours(tokens)) - expected).abs().max().item()
+    for block in ours.blocks:
+        block.mlp.gate_up_weight.copy_(block.mlp.gate_up_weight.roll(config.intermediate_size, dims=-1))
+    control = (logprobs(ours(tokens)) - expected).abs().max().item()
+    print(f"{tokens.numel()} tokens in {str(dtype).removeprefix('torch.')}, largest difference of a logprob from transformers':")
+    print(f"    {difference:.2e}, at most {tolerance} is right; with gates and ups exchanged {control:.2e}")
+    if not difference < min(tolerance, control / 10):
+        raise ValueError(f"{folder} does not compute what {source} does: convert it again")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", nargs="?", help="what to import: a name on the Hub, or a folder")
+    parser.add_argument("--out", type=Path, help="the new folder; an import's default is checkpoints/ and the source's last part")
+    parser.add_argument("--verify", action="store_true", help="convert what is not converted yet, then compare with transformers")
+    parser.add_argument("--export", type=Path, metavar="RUN", help="a training run or checkpoint folder to export instead")
+    parser.add_argument("--mxfp4", action="store_true", help="export experts in MXFP4")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of an export's tensors; default: as they are stored")
+    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="where an export's tokenizer files lie, if not in RUN")
+    options = parser.parse_args(arguments)
+    if (options.source is None) == (options.export is None):
+        parser.error("give either a source to import or --export RUN")
+    if options.export and (options.verify or not options.out):
+        parser.error("--export needs --out DIR, and has no --verify")
+    if options.source and (options.mxfp4 or options.dtype or options.tokenizer):
+        parser.error("--mxfp4, --dtype and --tokenizer belong to --export")
+    try:
+        if options.export:
+            dtype = getattr(torch, options.dtype) if options.dtype else None
+            export_checkpoint(options.export, options.out, options.mxfp4, dtype, options.tokenizer)
+            print(f"{options.out} is ready for transformers and vLLM")
+            return
+        out = options.out or Path("checkpoints") / Path(options.source).resolve().name
+        if not (options.verify and (out / "config.json").exists()):
+            import_checkpoint(options.source, out)
+            print(f"{out} is ready")
+        if options.verify:
+            verify(options.source, out)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

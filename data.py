@@ -1,0 +1,529 @@
+"""Text or chat -> token files, and the reader that turns them into rows to train on.
+
+    python data.py one.txt two.txt --out data/books                   # .txt: one document a file
+    python data.py corpus.jsonl --out data/corpus --seq_len=8192      # .jsonl: {"text": …} or {"messages": […]} a line
+    python data.py corpus.jsonl --out data/corpus --tokenizer=bytes   # 256 bytes and an end: nothing to download
+
+A corpus is a folder of flat little-endian arrays, which training maps instead of loading:
+
+    tokens.bin     uint32  the tokens of every document, one after the other
+    documents.bin  uint64  where each document starts in that stream, and where the last one ends
+    counted.bin    uint8   1 where the loss counts the token as a target
+    meta.json              {"tokenizer", "vocab_size", "documents", "tokens", "counted"}
+
+`TokenData` packs whole documents into rows of seq_len tokens. "pydoc" and "pydoc-val" are corpora without a folder: the
+language reference that ships inside every Python, as bytes.
+
+The vocabulary is tiktoken's o200k_harmony; chats are rendered by https://github.com/openai/harmony.
+"""
+
+import argparse
+import bisect
+import functools
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tiktoken
+import torch
+from tqdm import tqdm
+
+NOT_COUNTED = -100  # as a target: no loss here
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+
+
+class Tokenizer:
+    """Has a name, vocab_size, end (the token that ends a document), stop (those that end an answer), encode(text) -> list of
+    tokens, and token_bytes(token), which may be a part of a character."""
+
+    def decode(self, tokens):
+        return b"".join(map(self.token_bytes, tokens)).decode("utf-8", "replace")
+
+
+class ByteTokenizer(Tokenizer):
+    """A token is a byte of UTF-8, and 256 ends a document."""
+
+    name, vocab_size, end, stop = "bytes", 257, 256, (256,)
+
+    def encode(self, text):
+        return list(text.encode("utf-8"))
+
+    def token_bytes(self, token):
+        return bytes([token]) if token < self.end else b"<|endoftext|>"
+
+
+class HarmonyTokenizer(Tokenizer):
+    """The vocabulary of the released models. Text that spells a special token stays text: no document can forge one."""
+
+    name, vocab_size, end = "o200k_harmony", 201_088, 199_999
+    stop = (200_002, 200_012, 199_999)  # <|return|>, <|call|>, <|endoftext|>
+
+    def __init__(self):
+        try:
+            self.vocabulary = tiktoken.get_encoding(self.name)
+        except OSError as error:
+            raise OSError(
+                f"cannot load the {self.name} vocabulary: {error}. Connect once, or set TIKTOKEN_CACHE_DIR to a folder "
+                f"that holds it, or choose --tokenizer=bytes."
+            ) from error
+
+    def encode(self, text):
+        return self.vocabulary.encode_ordinary(text)
+
+    def token_bytes(self, token):
+        return self.vocabulary.decode_single_token_bytes(token)
+
+
+TOKENIZERS = {tokenizer.name: tokenizer for tokenizer in (HarmonyTokenizer, ByteTokenizer)}
+
+
+@functools.cache
+def get_tokenizer(name):
+    """The Tokenizer of that name. OSError if its vocabulary is out of reach."""
+    if name not in TOKENIZERS:
+        raise ValueError(f"tokenizer={name!r} is not known: choose one of {', '.join(TOKENIZERS)}")
+    return TOKENIZERS[name]()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Chat
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+MESSAGE_KEYS = {"role", "content", "name", "channel", "recipient", "content_type"}
+START = 200_006  # <|start|>
+
+
+def harmony_messages(messages):
+    """A chat as most files hold it -> the messages that harmony would have, as dicts.
+
+    A text as system prompt becomes harmony's developer message; an assistant's "thinking" becomes a message of its own on
+    the analysis channel; an answer without a channel is final. Messages that are harmony's already (channel, recipient,
+    content_type; content as a list of its parts) pass as they are."""
+    if not isinstance(messages, list) or not messages:
+        raise ValueError('"messages" must be a list with at least one message')
+    normal = []
+    for message in messages:
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            raise ValueError(f"a message needs a role out of {', '.join(ROLES)}, not {str(message)[:80]!r}")
+        message = {key: value for key, value in message.items() if value is not None}
+        role = message["role"]
+        thinking = message.pop("thinking", None) if role == "assistant" else None
+        if unknown := message.keys() - MESSAGE_KEYS:
+            raise ValueError(f"{role} message has {sorted(unknown)}, which harmony does not: {sorted(MESSAGE_KEYS)}")
+        if not isinstance(message.get("content"), (str, list)):
+            raise ValueError(f'{role} message needs "content", a text')
+        if thinking is not None:
+            normal.append({"role": role, "channel": "analysis", "content": thinking})
+        if role == "assistant":
+            message.setdefault("channel", "commentary" if "recipient" in message else "final")
+        if role == "system" and isinstance(message["content"], str):
+            message["role"] = "developer"
+        normal.append(message)
+    if not any(message["role"] == "assistant" for message in normal):
+        raise ValueError("no message of the assistant: there is nothing to learn")
+    return normal
+
+
+@functools.cache
+def load_harmony():
+    """OpenAI's package and its renderer."""
+    try:
+        import openai_harmony
+    except ImportError:
+        raise ValueError("o200k_harmony chats are rendered by OpenAI's package: pip install openai-harmony") from None
+    # harmony reads the same vocabulary file as tiktoken, under the same name: let it find the one already there.
+    get_tokenizer(HarmonyTokenizer.name)
+    tiktoken_cache = os.environ.get("TIKTOKEN_CACHE_DIR") or os.path.join(tempfile.gettempdir(), "data-gym-cache")
+    os.environ.setdefault("TIKTOKEN_RS_CACHE_DIR", tiktoken_cache)
+    return openai_harmony, openai_harmony.load_harmony_encoding("HarmonyGptOss")
+
+
+def harmony_conversation(messages):
+    """The package's object for `messages`, below the standard system message if they bring none of their own."""
+    package, _ = load_harmony()
+    if messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": [{"type": "system_content"}]}, *messages]
+    given = []
+    for message in messages:
+        if message["role"] == "developer" and isinstance(message["content"], str):
+            message = {**message, "content": [{"type": "developer_content", "instructions": message["content"]}]}
+        given.append(package.Message.from_dict(message))
+    return package.Conversation.from_messages(given)
+
+
+def render_harmony(messages):
+    """[(role, opening, middle, closing)] of each message: <|start|>assistant, what it says, <|end|> or another; as tokens."""
+    package, harmony = load_harmony()
+    # The reasoning of earlier turns, which a running chat forgets, is kept: without it their answers would be trained as if
+    # no thought had led to them.
+    keep_reasoning = package.RenderConversationConfig(auto_drop_analysis=False)
+    try:
+        chat = harmony_conversation(messages)
+        tokens = np.array(harmony.render_conversation_for_training(chat, keep_reasoning))
+    except Exception as error:  # pydantic's, Rust's and plain ones
+        raise ValueError(f"harmony cannot render the chat: {' '.join(str(error).split())}") from error
+    parts = np.split(tokens, np.flatnonzero(tokens == START)[1:])  # text cannot hold a special token
+    return [(m.author.role, part[:2], part[2:-1], part[-1:]) for m, part in zip(chat.messages, parts)]
+
+
+def render_bytes(messages):
+    """The same for byte models: <|start|> becomes nine bytes, which text can forge. No standard system message: it alone would
+    fill their short contexts."""
+    rendered = []
+    for place, message in enumerate(messages, 1):
+        role, content, channel = message["role"], message["content"], message.get("channel")
+        if message.keys() - {"role", "content", "channel"} or role == "tool" or not isinstance(content, str):
+            raise ValueError("--tokenizer=bytes spells out plain messages only: tools and parts need o200k_harmony")
+        if role == "developer":
+            content = f"# Instructions\n\n{content}"
+        middle = (f"<|channel|>{channel}" if channel else "") + f"<|message|>{content}"
+        returns = place == len(messages) and channel == "final"
+        pieces = f"<|start|>{role}", middle, "<|return|>" if returns else "<|end|>"
+        rendered.append((role, *(np.frombuffer(piece.encode(), np.uint8) for piece in pieces)))
+    return rendered
+
+
+def render_chat(messages, tokenizer):
+    """Tokens (uint32) of a chat in the harmony format, and which of them the loss counts (bool).
+
+    Counted is what the model itself must produce, on any channel: after the prompt's <|start|>assistant, everything up to
+    <|return|> or <|call|>, with the <|end|><|start|>assistant between two messages of one turn. A turn that another message
+    follows closes with <|end|>, where the model had written <|return|>; that <|end|> is not counted, or the model would learn
+    to run on past its answer."""
+    of_bytes = tokenizer.name == ByteTokenizer.name
+    rendered = (render_bytes if of_bytes else render_harmony)(harmony_messages(messages))
+    tokens, counted, same_turn = [], [], False
+    for (role, opening, middle, closing), following in zip(rendered, [*rendered[1:], None]):
+        ends = tokenizer.decode(closing.tolist()) == "<|end|>"  # not <|return|>, not <|call|>
+        goes_on = ends and role == "assistant" and following is not None and following[0] == "assistant"
+        for piece, counts in (opening, same_turn), (middle, True), (closing, goes_on or not ends or following is None):
+            tokens.append(piece)
+            counted.append(np.full(len(piece), role == "assistant" and counts))
+        same_turn = goes_on
+    if of_bytes:
+        tokens.append([tokenizer.end])
+        counted.append(counted[-1][-1:])
+    return np.concatenate(tokens).astype(np.uint32), np.concatenate(counted)
+
+
+def chat_prompt(text, tokenizer):
+    """The tokens of a chat that begins with the user's `text`, up to where the assistant's answer goes on."""
+    if tokenizer.name == ByteTokenizer.name:
+        return tokenizer.encode(f"<|start|>user<|message|>{text}<|end|><|start|>assistant")
+    package, harmony = load_harmony()
+    chat = harmony_conversation([{"role": "user", "content": text}])
+    return harmony.render_conversation_for_completion(chat, package.Role.ASSISTANT)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Writing a corpus
+
+
+def encode_text(text, tokenizer):
+    if not isinstance(text, str) or not text:
+        raise ValueError("the text is empty" if text == "" else '"text" must be a string')
+    text.encode("utf-8")  # half a surrogate pair, which JSON can hold, is no text: a UnicodeEncodeError
+    tokens = np.array(tokenizer.encode(text) + [tokenizer.end], np.uint32)
+    return tokens, np.ones(len(tokens), bool)
+
+
+def encode_line(line, tokenizer):
+    try:
+        record = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error}") from error
+    if not isinstance(record, dict) or ("text" in record) == ("messages" in record):
+        raise ValueError('needs a JSON object with either "text" or "messages"')
+    return encode_text(record["text"], tokenizer) if "text" in record else render_chat(record["messages"], tokenizer)
+
+
+def encode_batch(batch, tokenizer_name):
+    """[(file, line number or None, bytes)] -> tokens (uint32), counted (bool), each document's length, bytes read."""
+    tokenizer, documents = get_tokenizer(tokenizer_name), []
+    for path, number, content in batch:
+        try:
+            text = content.decode("utf-8-sig")  # a byte order mark is no part of the text
+            documents.append(encode_text(text, tokenizer) if number is None else encode_line(text, tokenizer))
+        except ValueError as error:  # Unicode errors are ValueErrors
+            raise ValueError(f"{path if number is None else f'{path}:{number}'}: {error}") from error
+    tokens, counted = map(np.concatenate, zip(*documents))
+    return tokens, counted, [len(document) for document, _ in documents], sum(len(content) for _, _, content in batch)
+
+
+def read_batches(paths, batch_bytes=1 << 20):
+    """Documents in order, about batch_bytes a batch: one trip to a worker is then worth its cost."""
+    batch, size = [], 0
+    for path in paths:
+        with open(path, "rb") as file:
+            lines = [(None, file.read())] if path.lower().endswith(".txt") else enumerate(file, start=1)
+            for number, content in lines:
+                if number is None or content.strip():  # blank lines are no documents
+                    batch.append((path, number, content))
+                    size += len(content)
+                if size >= batch_bytes:
+                    yield batch
+                    batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def write_corpus(paths, out, tokenizer_name="o200k_harmony"):
+    """Encode files into the folder `out`, on all cores; it appears when it is whole. Returns its meta.json.
+
+    ValueError with the file and line of what cannot be a document, OSError for what cannot be read or written."""
+    out = os.path.normpath(out)
+    for path in paths:
+        if not path.lower().endswith((".txt", ".jsonl")):
+            raise ValueError(f"{path}: needs to be a .txt (one document) or a .jsonl (one document a line)")
+        open(path, "rb").close()  # missing or unreadable: now, not after hours
+    if os.path.lexists(out):
+        raise ValueError(f"--out={out}: is there already: remove it or choose another name")
+    tokenizer = get_tokenizer(tokenizer_name)  # loaded, perhaps downloaded, once: before there are workers
+    encode = functools.partial(encode_batch, tokenizer_name=tokenizer_name)
+    size = sum(os.path.getsize(path) for path in paths)
+    workers = min(os.cpu_count(), 1 + (size >> 20))
+    meta = {"tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size, "documents": 0, "tokens": 0, "counted": 0}
+    partial = f"{out}.partial-{os.getpid()}"
+    try:
+        os.makedirs(partial)
+        with (
+            open(f"{partial}/tokens.bin", "wb") as tokens_file,
+            open(f"{partial}/documents.bin", "wb") as documents_file,
+            open(f"{partial}/counted.bin", "wb") as counted_file,
+            # Ctrl-C is for this process alone to answer.
+            multiprocessing.Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool,
+            tqdm(total=size, unit="B", unit_scale=True, desc=out) as bar,
+        ):
+            np.zeros(1, "<u8").tofile(documents_file)
+            for tokens, counted, lengths, bytes_read in pool.imap(encode, read_batches(paths)):
+                tokens.astype("<u4").tofile(tokens_file)
+                counted.astype("u1").tofile(counted_file)
+                (meta["tokens"] + np.cumsum(lengths)).astype("<u8").tofile(documents_file)
+                meta["documents"] += len(lengths)
+                meta["tokens"] += len(tokens)
+                meta["counted"] += int(counted.sum())
+                bar.update(bytes_read)
+        if not meta["documents"]:
+            raise ValueError(f"{', '.join(paths)}: no document, only blank lines")
+        Path(partial, "meta.json").write_text(json.dumps(meta) + "\n")
+        os.rename(partial, out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return meta
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Opening a corpus
+
+
+class Corpus(NamedTuple):
+    tokenizer: type[Tokenizer]
+    tokens: np.ndarray  # (tokens,) uint32
+    documents: np.ndarray  # (documents + 1,) int64
+    counted: np.ndarray  # (tokens,) uint8
+
+
+def open_pydoc(held_out):
+    """Every 20th topic of Python's language reference, or what the others say that these do not, as bytes."""
+    from pydoc_data.topics import topics
+
+    texts = [topics[name] for name in sorted(topics)]
+    kept = texts[::20]
+    if not held_out:
+        # Topics quote one another at length: what a held-out one says leaves the others too, or training would see it.
+        seen = {" ".join(part.split()) for text in kept for part in text.split("\n\n")}
+        kept = ["\n\n".join(part for part in text.split("\n\n") if " ".join(part.split()) not in seen) for text in texts]
+    encoded = [encode_text(text, ByteTokenizer())[0] for text in kept if text]
+    tokens, documents = np.concatenate(encoded), np.cumsum([0, *map(len, encoded)])
+    return Corpus(ByteTokenizer, tokens, documents, np.ones(len(tokens), "u1"))
+
+
+BUILT_IN = {"pydoc": functools.partial(open_pydoc, held_out=False), "pydoc-val": functools.partial(open_pydoc, True)}
+
+
+def map_array(path, dtype, length):
+    size, expected = path.stat().st_size, length * np.dtype(dtype).itemsize
+    if size != expected:
+        raise ValueError(f"{path}: {size} bytes where meta.json promises {expected}: copy or encode the corpus again")
+    return np.memmap(path, dtype, mode="r")
+
+
+def open_corpus(path):
+    """The arrays of a built-in corpus or of a folder, checked. ValueError names the file and what is wrong."""
+    if path in BUILT_IN:
+        return BUILT_IN[path]()
+    folder = Path(path)
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        tokenizer, length, count = TOKENIZERS[meta["tokenizer"]], int(meta["tokens"]), int(meta["documents"])
+        if min(length, count) < 1:
+            raise ValueError("the corpus is empty")
+        tokens = map_array(folder / "tokens.bin", "<u4", length)
+        counted = map_array(folder / "counted.bin", "u1", length)
+        # int64 for arithmetic: offsets past 2**63 turn negative, and fail the check below
+        documents = np.array(map_array(folder / "documents.bin", "<u8", count + 1)).astype(np.int64)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{error.filename}: no such file. A corpus is a folder that `python data.py corpus.jsonl --out {path}` writes, "
+            f"or one of {', '.join(BUILT_IN)}"
+        ) from None
+    except (KeyError, TypeError, UnicodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder / 'meta.json'}: is not what data.py writes ({error!r}): encode the corpus again") from error
+    if documents[0] != 0 or documents[-1] != length or (np.diff(documents) <= 0).any():
+        raise ValueError(f"{folder / 'documents.bin'}: must rise from 0 to {length}: encode the corpus again")
+    if (highest := tokens.max()) >= tokenizer.vocab_size:  # read from end to end, but never held
+        raise ValueError(f"{folder / 'tokens.bin'}: token {highest} is outside {tokenizer.name}'s {tokenizer.vocab_size}")
+    return Corpus(tokenizer, tokens, documents, counted)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rows to train on
+
+
+def pack(lengths, seq_len, generator):
+    """The row of each piece (lengths 1 to seq_len), and the number of rows: best-fit decreasing.
+
+    The longest pieces go first, each into the fullest row that has room, or else into a new one; which of the pieces of one
+    length meet is for the generator to draw. A million pieces take about two seconds."""
+    order = generator.permutation(len(lengths))
+    order = order[np.argsort(-lengths[order], kind="stable")]
+    row_of, num_rows = np.empty(len(lengths), np.int64), 0
+    rooms, rows_with = [], defaultdict(list)  # the rooms left in rows, ascending; room -> its rows
+    for piece, length in zip(order.tolist(), lengths[order].tolist()):
+        fullest = bisect.bisect_left(rooms, length)
+        if fullest == len(rooms):
+            row, room, num_rows = num_rows, seq_len, num_rows + 1
+        else:
+            room = rooms[fullest]
+            row = rows_with[room].pop()
+            if not rows_with[room]:
+                del rooms[fullest]
+        row_of[piece] = row
+        if room := room - length:
+            if not rows_with[room]:
+                bisect.insort(rooms, room)
+            rows_with[room].append(row)
+    return row_of, num_rows
+
+
+class TokenData:
+    """A corpus as an endless series of rows, of which row i depends on the corpus, seq_len, seed and i alone.
+
+    Rows are packed once, by the seed; epoch e takes all of them in an order drawn by (seed, e). A document of n tokens is
+    n - 1 pairs of a token and the next. More than seq_len pairs are cut into rows and a rest ("cut": no pair is lost, only
+    the context before a cut), or left out ("drop").
+
+    Public: rows_per_epoch; documents, tokens: of the whole corpus; counted: targets an epoch trains on; padding: share of an
+    epoch's places that hold none; dropped: documents left out; tokenizer: its name; vocab_size."""
+
+    def __init__(self, path, seq_len, *, seed=0, long_documents="cut", vocab_size=None):
+        """`vocab_size` is the model's: ValueError when the corpus was encoded with a larger vocabulary."""
+        for name, value, least in (("seq_len", seq_len, 2), ("seed", seed, 0)):
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name}={value!r}: needs a whole number, {least} or more")
+        if long_documents not in ("cut", "drop"):
+            raise ValueError(f'long_documents={long_documents!r}: choose "cut" (into pieces of seq_len) or "drop"')
+        corpus = open_corpus(path)
+        self.path, self.seq_len, self.seed = path, seq_len, seed
+        self.tokenizer, self.vocab_size = corpus.tokenizer.name, corpus.tokenizer.vocab_size
+        if vocab_size is not None and self.vocab_size > vocab_size:
+            raise ValueError(
+                f"{path}: encoded by {self.tokenizer} with a vocabulary of {self.vocab_size}, but the model has "
+                f"vocab_size={vocab_size}: encode it with another --tokenizer, or train another model"
+            )
+        self.stream, self.counted_stream = corpus.tokens, corpus.counted
+
+        starts, ends = corpus.documents[:-1], corpus.documents[1:]
+        pairs = ends - starts - 1
+        used = (pairs <= seq_len) | (long_documents == "cut")
+        self.documents, self.tokens, self.dropped = len(pairs), len(corpus.tokens), int((~used).sum())
+        # a document's first token is no target
+        left_out = sum(np.count_nonzero(corpus.counted[a + 1 : b]) for a, b in zip(starts[~used], ends[~used]))
+        self.counted = np.count_nonzero(corpus.counted) - np.count_nonzero(corpus.counted[starts]) - left_out
+        if not self.counted:
+            raise ValueError(
+                f"{path}: no target is left to train on with seq_len={seq_len} and long_documents={long_documents!r} "
+                f"({self.dropped} of {self.documents} documents dropped): use more data or a larger seq_len"
+            )
+
+        starts, pairs = starts[used], pairs[used]
+        pieces = -(-pairs // seq_len)
+        before = np.repeat(np.cumsum(pieces) - pieces, pieces)  # pieces of earlier documents
+        offsets = (np.arange(pieces.sum()) - before) * seq_len  # of each piece in its document
+        lengths = np.minimum(np.repeat(pairs, pieces) - offsets, seq_len)
+        row_of, self.rows_per_epoch = pack(lengths, seq_len, np.random.default_rng(seed))
+        by_row = np.argsort(row_of, kind="stable")
+        self.piece_starts = (np.repeat(starts, pieces) + offsets)[by_row]
+        self.piece_lengths = lengths[by_row]
+        self.row_starts = np.searchsorted(row_of[by_row], np.arange(self.rows_per_epoch + 1))  # in the two above
+        self.padding = 1 - int(lengths.sum()) / (self.rows_per_epoch * seq_len)
+        self.epoch, self.epoch_order = None, None
+
+    def describe(self):
+        return (
+            f"{self.path}: {self.documents:,} documents, {self.tokens:,} tokens ({self.tokenizer}), {self.counted:,} counted; "
+            f"{self.rows_per_epoch:,} rows of {self.seq_len:,}, {self.padding:.2%} padding, {self.dropped:,} documents dropped"
+        )
+
+    def pieces(self, index):
+        """Start in the stream and length of each piece in row `index` of the endless series."""
+        epoch, place = divmod(int(index), self.rows_per_epoch)
+        if epoch != self.epoch:
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.rows_per_epoch)
+            self.epoch, self.epoch_order = epoch, order
+        row = self.epoch_order[place]
+        pieces = slice(self.row_starts[row], self.row_starts[row + 1])
+        return self.piece_starts[pieces], self.piece_lengths[pieces]
+
+    def rows(self, indices):
+        """Rows by their numbers (0, 1, …, any order) -> tokens, targets, documents, each (len(indices), seq_len) int64.
+
+        targets[b, i] is the token after tokens[b, i], -100 where the loss does not count it and on padding, which comes last.
+        documents[b, i] numbers the pieces of a row from 0. Padding has the number of the last one, which cannot see it: a row
+        of one piece is all zeros, and needs no mask but the causal one."""
+        shape = (len(indices), self.seq_len)
+        tokens, documents = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        targets = np.full(shape, NOT_COUNTED, np.int64)
+        for b, index in enumerate(indices):
+            starts, lengths = self.pieces(index)
+            firsts = np.cumsum(lengths) - lengths  # the place of each piece in the row
+            filled = lengths.sum()
+            where = np.arange(filled) + np.repeat(starts - firsts, lengths)  # in the stream
+            tokens[b, :filled] = self.stream[where]
+            targets[b, :filled] = np.where(self.counted_stream[where + 1], self.stream[where + 1].astype(np.int64), NOT_COUNTED)
+            documents[b] = np.searchsorted(firsts, np.arange(self.seq_len), side="right") - 1
+        return torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(documents)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Encode text or chat into a corpus to train on.", allow_abbrev=False)
+    parser.add_argument("inputs", nargs="+", help=".txt (one document) or .jsonl (one document a line)")
+    parser.add_argument("--out", required=True, help="the folder to write")
+    parser.add_argument("--tokenizer", default=HarmonyTokenizer.name, choices=TOKENIZERS, help="default: %(default)s")
+    parser.add_argument("--seq_len", type=int, help="also say how the documents fill rows of this many tokens")
+    options = parser.parse_args()
+    try:
+        meta = write_corpus(options.inputs, options.out, options.tokenizer)
+        print(f"{options.out}: {meta['documents']:,} documents, {meta['tokens']:,} tokens, {meta['counted']:,} counted")
+        if options.seq_len is not None:
+            print(TokenData(options.out, options.seq_len).describe())
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"data.py: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""bench.py: its arithmetic against numbers worked out by hand, and each of its commands on a CPU with a tiny model."""
+
+import json
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+from conftest import ROOT
+from torch.profiler import ProfilerActivity, profile
+
+import bench
+from model import GPTOSSConfig
+
+RATES_AT_32K = {  # TFLOP/s of an H200
+    "qkv": {"forward": 796, "backward": 796},
+    "out": {"forward": 796, "backward": 796},
+    "unembedding": {"forward": 796, "backward": 796},
+    "gate_up": {"forward": 700, "backward": 587},
+    "down": {"forward": 636, "backward": 585},
+    "causal": {"forward": 444, "backward": 411},
+    "window": {"forward": 73.0, "backward": 64.9},  # 0.94 and 2.64 ms a layer
+}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """run(arguments) -> (what bench.py printed, the JSON that it wrote)."""
+
+    def run(*arguments, name="bench"):
+        command = [sys.executable, "bench.py", f"--out={tmp_path}", *arguments]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return done.stdout, json.loads((tmp_path / f"{name}.json").read_text())
+
+    return run
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Arithmetic
+
+
+def test_forward_flops_by_hand():
+    assert bench.forward_flops(bench.TINY, 32) == {  # 2 layers, 32 tokens
+        "qkv": 2 * 32 * 2 * 64 * 128,
+        "out": 2 * 32 * 2 * 64 * 64,
+        "gate_up": 2 * 64 * 2 * 64 * 128,  # 2 experts a token: 64 rows
+        "down": 2 * 64 * 2 * 64 * 64,
+        "unembedding": 32 * 2 * 64 * 512,  # once, not in each layer
+        "causal": 4 * 4 * 16 * (32 * 33 // 2),  # 4 heads of 16; query i sees i keys
+        "window": 4 * 4 * 16 * (16 * 17 // 2 + 16 * 16),  # a window of 16: the second half sees 16 keys each
+    }
+
+
+@pytest.mark.parametrize("S", [8, 16, 200])  # shorter than the window of 16, equal, longer
+def test_flops_are_the_model_s(S):
+    forward = bench.forward_flops(bench.TINY, S)
+    router = bench.TINY.num_hidden_layers * 2 * 64 * 4 * S  # which bench.py leaves out
+    assert 3 * (sum(forward.values()) + router) == pytest.approx(bench.TINY.flops_per_token(S) * S)
+
+
+def test_floor_by_hand():
+    slow = {name: {"forward": 1e-6, "backward": 0.5e-6} for name in RATES_AT_32K}  # 1 and 0.5 million FLOPs a second
+    kept = bench.floor(bench.TINY, 32, "none", slow)
+    # a matmul: 1 forward at 1, 2 backward at a half: 5; attention: 1 forward and 2.5 backward at a half: 6
+    expected = {"qkv": 1.048576 * 5, "out": 0.524288 * 5, "gate_up": 2.097152 * 5, "down": 1.048576 * 5}
+    expected |= {"unembedding": 2.097152 * 5, "causal": 0.135168 * 6, "window": 0.100352 * 6}
+    assert kept == pytest.approx(expected)
+    for mode in "attention", "all":
+        again = {"qkv": 1.048576, "out": 0.524288, "gate_up": 2.097152}
+        assert bench.floor(bench.TINY, 32, mode, slow) == pytest.approx(expected | {n: expected[n] + t for n, t in again.items()})
+
+
+def test_floor_of_the_20b_at_32k():
+    """Worked out apart, in seconds: qkv and out 0.210, unembedding 0.143, gate_up 0.654, down 0.260, causal 0.880, window 0.043."""
+    parts = bench.floor(GPTOSSConfig(), 32 * 1024, "attention", RATES_AT_32K)
+    assert parts["qkv"] + parts["out"] == pytest.approx(0.210, abs=0.001)
+    assert parts["unembedding"] == pytest.approx(0.143, abs=0.001)
+    assert parts["gate_up"] == pytest.approx(0.654, abs=0.001)
+    assert parts["down"] == pytest.approx(0.260, abs=0.001)
+    assert parts["causal"] == pytest.approx(0.880, abs=0.001)
+    assert parts["window"] == pytest.approx(12 * (0.94e-3 + 2.64e-3), rel=0.01)
+
+
+def test_best_rates_are_the_fastest_that_ran_at_the_length():
+    def ceiling(name, tokens, forward, backward):
+        return {"name": name, "tokens": tokens, "forward": forward, "backward": backward}
+
+    ceilings = [
+        ceiling("qkv", None, 7, 6),
+        ceiling("causal", 4096, 1, 5),
+        ceiling("causal", 4096, 3, 2),
+        {"name": "causal", "tokens": 4096, "error": "out of memory"},
+        ceiling("causal", 65536, 9, 8),
+    ]
+    qkv = {"forward": 7, "backward": 6}
+    assert bench.best_rates(ceilings, 4096) == {"qkv": qkv, "causal": {"forward": 3, "backward": 5}}
+    assert bench.best_rates(ceilings, 131072) == {"qkv": qkv, "causal": {"forward": 9, "backward": 8}}  # as at 64K
+    assert bench.best_rates(ceilings, 8192) == {"qkv": qkv}
+
+
+def test_rows_of_tries_the_next_mode_and_keeps_to_it(monkeypatch):
+    model, tried = types.SimpleNamespace(), []
+
+    def measure_row(config, model, loss_of, S):
+        tried.append((S, model.recompute))
+        if (S, model.recompute) in [(64, "none"), (128, "attention")]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        if S == 256:
+            raise RuntimeError("two\nlines")
+        return {"seconds": 1.0}
+
+    monkeypatch.setattr(bench, "measure_row", measure_row)
+    rows = list(bench.rows_of("ours", model, bench.TINY, [256, 32, 64, 128], "auto"))
+    assert tried == [(32, "none"), (64, "none"), (64, "attention"), (128, "attention"), (128, "all"), (256, "all")]
+    assert [row["recompute"] for row in rows] == ["none", "attention", "all", "all"]
+    assert rows[-1]["error"] == "RuntimeError: two"
+    (row,) = bench.rows_of("ours", model, bench.TINY, [64], "none")
+    assert row == {"model": "ours", "tokens": 64, "recompute": "none", "error": "out of memory"}
+
+
+def test_rows_are_parsed():
+    assert bench.parse_rows("100, 4K,1m") == [100, 4096, 1024 * 1024]
+    for wrong in "4Q", "", "0", "4K,,8K", "-1":
+        with pytest.raises(bench.argparse.ArgumentTypeError, match="no list of lengths"):
+            bench.parse_rows(wrong)
+
+
+def test_groups_and_their_errors():
+    assert bench.group("blocks.13.attention.qkv.bias") == bench.group("blocks.2.attention.qkv.weight") == "qkv"
+    assert bench.group("blocks.0.mlp.gate_up_bias") == bench.group("blocks.0.mlp.gate_up_weight") == "gate_up"
+    assert bench.group("blocks.0.attention_norm.weight") == "attention_norm" and bench.group("norm.weight") == "norm"
+    truth = {"blocks.0.attention.sinks": torch.tensor([3.0, 0.0]), "blocks.1.attention.sinks": torch.tensor([0.0, 4.0])}
+    measured = {"blocks.0.attention.sinks": torch.tensor([3.0, 1.0]), "blocks.1.attention.sinks": torch.tensor([0.0, 4.0])}
+    assert bench.relative_errors(measured, truth) == {"sinks": pytest.approx(1 / 5)}
+
+
+@pytest.mark.skipif(bench.DEVICE.type != "cpu", reason="counts operations on the CPU; a GPU's kernels are counted instead")
+def test_the_backward_belongs_to_the_room_of_its_forward():
+    x, w, v = (torch.randn(512, 512, requires_grad=True) for _ in range(3))
+
+    def step():
+        y = bench.in_room(bench.REST, lambda: bench.in_room(bench.EXPERTS, torch.mm)(x, w).tanh())()
+        bench.in_room(bench.LOSS, torch.mm)(y, v).sum().backward()
+
+    step()
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        step()
+    rooms, kernels = bench.time_by_room(profiler.events())
+    (matmuls,) = (ms for name, ms, count in kernels if name == "aten::mm" and count == 6)
+    assert rooms[bench.EXPERTS] + rooms[bench.LOSS] >= matmuls
+    assert min(rooms[bench.EXPERTS], rooms[bench.LOSS]) > matmuls / 4  # half of the matmuls each
+    assert sum(rooms.values()) == pytest.approx(sum(ms for _, ms, _ in kernels))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Commands
+
+
+def test_rows_floor_and_plot(run, tmp_path):
+    pytest.importorskip("transformers", reason="the rows are compared with transformers")
+    printed, results = run("--against=transformers", "--rows=96,48", "--layers=3")
+    assert "a tiny model of 3 layers" in printed and results["layers"] == 3
+    assert {c["name"] for c in results["ceilings"]} == {"matmul", *RATES_AT_32K}
+    assert all(c["forward"] > 0 and c["backward"] > 0 for c in results["ceilings"])
+    assert [(row["model"], row["tokens"]) for row in results["rows"]] == [
+        ("ours", 48),
+        ("ours", 96),
+        ("transformers", 48),
+        ("transformers", 96),
+    ]
+    config = bench.replace(bench.TINY, num_hidden_layers=3)
+    for row in results["rows"]:
+        assert "error" not in row, row["error"]
+        assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["seconds"])
+        assert row["tflops"] == pytest.approx(config.flops_per_token(row["tokens"]) * row["tokens_per_second"] / 1e12)
+        rates = bench.best_rates(results["ceilings"], row["tokens"])
+        assert row["share_of_matmul"] == pytest.approx(row["tflops"] / rates["matmul"]["forward"])
+        if row["model"] == "ours":
+            assert row["recompute"] == "none" and row["floor"] == pytest.approx(bench.floor(config, row["tokens"], "none", rates))
+            assert row["distance"] == pytest.approx(row["seconds"] / sum(row["floor"].values())) and row["distance"] > 0.5
+    for ours, theirs in zip(results["rows"][:2], results["rows"][2:]):
+        assert theirs["ours_faster"] == pytest.approx(theirs["seconds"] / ours["seconds"])
+        assert f"ours: {theirs['ours_faster']:.2f} x" in printed
+
+    pytest.importorskip("matplotlib", reason="the plot is drawn by matplotlib")
+    bench.main([f"--out={tmp_path}", f"--plot={tmp_path / 'new' / 'bench.png'}"])
+    assert (tmp_path / "new" / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_profile(run, tmp_path):
+    printed, results = run("--profile", "--rows=64", "--recompute=all", name="profile")
+    rooms = results["rooms_ms"]
+    assert rooms.keys() == {bench.ATTENTION, bench.PROJECTIONS, bench.EXPERTS, bench.LOSS, bench.REST}
+    assert all(ms > 0 for ms in rooms.values()) and len(results["kernels"]) == 20
+    assert results["rows"][0]["recompute"] == "all" and "attention" in printed
+    assert (tmp_path / "trace.json.gz").read_bytes().startswith(b"\x1f\x8b")
+
+
+def test_deterministic(run):
+    printed, results = run("--deterministic=true", "--rows=64", name="deterministic")
+    normal, exact = results["rows"]
+    assert (normal["deterministic"], exact["deterministic"]) == (False, True)
+    assert results["different"] == [] and "equal to the bit" in printed
+    assert results["cost"] == pytest.approx(exact["seconds"] / normal["seconds"] - 1)
+
+
+@pytest.mark.skipif(bench.DEVICE.type != "cpu", reason="on a GPU the sizes are the real ones")
+def test_deterministic_sees_a_difference(tmp_path, monkeypatch):
+    seeds = iter(range(100))
+    tokens = lambda config, S: torch.randint(512, (1, S), generator=torch.Generator().manual_seed(next(seeds)))  # noqa: E731
+    monkeypatch.setattr(bench, "random_tokens", tokens)
+    try:
+        bench.main(["--deterministic=true", "--rows=16", f"--out={tmp_path}"])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    different = json.loads((tmp_path / "deterministic.json").read_text())["different"]
+    assert {"loss", "embedding.weight", "blocks.1.attention.sinks"} <= set(different)
+
+
+@pytest.mark.skipif(bench.DEVICE.type != "cpu", reason="on a GPU the sizes are the real ones")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_accuracy(dtype, tmp_path, monkeypatch, capsys):
+    """In fp32 both errors vanish: the weights were copied right, gradients renamed right, and the losses are the same."""
+    pytest.importorskip("transformers", reason="the errors are compared with transformers'")
+    monkeypatch.setattr(bench, "DTYPE", dtype)
+    bench.main(["--accuracy", f"--out={tmp_path}"])
+    errors = json.loads((tmp_path / "accuracy.json").read_text())["errors"]
+    ours, theirs = errors["ours"], errors["transformers"]
+    assert ours.keys() == theirs.keys() and {"logits", "embedding", "qkv", "sinks", "router", "gate_up"} <= ours.keys()
+    if dtype == torch.float32:
+        assert max(ours.values()) == 0 and max(theirs.values()) < 1e-5, theirs
+    else:
+        assert all(1e-4 < error < 0.3 for error in (*ours.values(), *theirs.values())), errors
+        worst = max(error / theirs[name] for name, error in ours.items())
+        assert f"Largest ratio {worst:.2f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--rows=4Q"], "'4Q' is no list of lengths"),
+        (["--layers=0"], "num_hidden_layers=0 must be a positive int"),
+        (["--accuracy", "--against=transformers"], "leave out --accuracy"),
+        (["--profile", "--accuracy"], "not allowed with"),
+        (["--plot", "--out=nowhere"], "nowhere/bench.json cannot be read: run bench.py first"),
+    ],
+)
+def test_wrong_options(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        bench.main(arguments)
+    assert message in capsys.readouterr().err + str(stop.value)

@@ -1,0 +1,329 @@
+"""What only a GPU has: the fused attention kernels, compiled leaves, grouped matmuls in bf16, memory, NCCL.
+
+A kernel in bf16 is right if it is as near to the definition in fp64 as the definition itself is in bf16.
+"""
+
+import functools
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+from common import (
+    assert_all_close,
+    batch,
+    expert_inputs,
+    gradients,
+    naive_experts,
+    noise_,
+    packed,
+    relative,
+    run_ranks,
+    tiny_config,
+)
+from torch.distributed.device_mesh import init_device_mesh
+
+import model as model_module
+import sp
+from model import GPTOSS, CudnnSinkAttention, block_mask, cudnn_refuses, dense_attention, flex_sink_attention
+
+pytestmark = pytest.mark.gpu
+CUDA, GIB = torch.device("cuda"), 2**30
+
+
+@pytest.fixture(autouse=True)
+def compile_afresh():
+    """Each test compiles for its own shapes. Past a limit of those the compiler would quietly run everything unfused."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention
+
+
+def attention_inputs(S, dtype, B=2, H=32, K=4, D=64):
+    """q, k, v, sinks and a gradient of the output."""
+    generator = torch.Generator(CUDA).manual_seed(S)
+    shapes = (B, S, H, D), (B, S, K, D), (B, S, K, D), (H,), (B, S, H, D)
+    *inputs, grad = (torch.randn(shape, generator=generator, device=CUDA).to(dtype) for shape in shapes)
+    return inputs, grad
+
+
+def outcome(attention, inputs, grad, dtype):
+    leaves = [x.to(dtype, copy=True).requires_grad_() for x in inputs]
+    out = attention(*leaves)
+    return dict(zip(["out", "dq", "dk", "dv", "dsinks"], (out, *torch.autograd.grad(out, leaves, grad.to(dtype)))))
+
+
+def assert_as_near_as_dense(attention, inputs, grad, window=None, documents=None):
+    """Errors against the definition in fp64 at most those of the definition in bf16; a tenth more makes a tie a tie."""
+    dense = functools.partial(dense_attention, window=window, documents=documents)
+    exact = outcome(dense, inputs, grad, torch.float64)
+    plain = outcome(dense, inputs, grad, torch.bfloat16)
+    actual = outcome(attention, inputs, grad, torch.bfloat16)
+    errors = {name: (relative(actual[name], exact[name]), relative(plain[name], exact[name])) for name in exact}
+    print({name: f"{ours:.1e} of {theirs:.1e}" for name, (ours, theirs) in errors.items()})
+    assert all(ours <= 1.1 * theirs for ours, theirs in errors.values()), errors
+
+
+def two_rows_of_documents(S):
+    """Numbered in no order; ends that are no block's ends; a document of one token."""
+    a, b = S // 3 + 5, S // 2 - 1
+    return torch.stack([packed([a, 1, S - a - 1], [7, 0, 3]), packed([b, S - b], [1, 2])]).to(CUDA)
+
+
+@pytest.mark.parametrize(
+    "S, window, documents", [(1000, None, False), (1000, 128, False), (1000, None, True), (300, 128, True), (512, 129, True)]
+)
+def test_flex_attention(S, window, documents):
+    documents = two_rows_of_documents(S) if documents else None
+    attention = functools.partial(flex_sink_attention, mask=block_mask(S, window, documents, CUDA))
+    assert_as_near_as_dense(attention, *attention_inputs(S, torch.bfloat16), window, documents)
+
+
+@pytest.mark.parametrize("window, documents", [(None, False), (128, True)])
+def test_flex_attention_in_fp32(window, documents):
+    documents = two_rows_of_documents(300) if documents else None
+    inputs, grad = attention_inputs(300, torch.float32)
+    attention = functools.partial(flex_sink_attention, mask=block_mask(300, window, documents, CUDA))
+    dense = functools.partial(dense_attention, window=window, documents=documents)
+    actual = outcome(attention, inputs, grad, torch.float32)
+    assert_all_close(actual, outcome(dense, inputs, grad, torch.float64), 1e-5)
+
+
+def skip_without_cudnn():
+    refusal = cudnn_refuses(CUDA, torch.bfloat16, 64)
+    assert refusal is None or torch.cuda.get_device_capability() < (9, 0), refusal  # a Hopper GPU has no excuse
+    if refusal:
+        pytest.skip(f"cuDNN's attention: {refusal}")
+
+
+@pytest.mark.parametrize("S", [300, 1000, 1024])
+def test_cudnn_attention(S):
+    skip_without_cudnn()
+    assert_as_near_as_dense(CudnnSinkAttention.apply, *attention_inputs(S, torch.bfloat16))
+
+
+@pytest.mark.parametrize("kind", ["flex", "flex, documents", "cudnn"])
+def test_attention_memory_grows_with_the_length(kind):
+    """Peak of forward and backward over what was there before: eight times q, where one head's scores take 16 times."""
+    if kind == "cudnn":
+        skip_without_cudnn()
+    S = 32 * 1024
+    inputs, grad = attention_inputs(S, torch.bfloat16, B=1, H=8, K=1)
+    documents = two_rows_of_documents(S)[:1] if kind == "flex, documents" else None
+    attention = functools.partial(flex_sink_attention, mask=block_mask(S, 128, documents, CUDA))
+    attention = CudnnSinkAttention.apply if kind == "cudnn" else attention
+    outcome(attention, inputs, grad, torch.bfloat16)  # compiles
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    outcome(attention, inputs, grad, torch.bfloat16)
+    peak = torch.cuda.max_memory_allocated() - before
+    assert peak <= 16 * inputs[0].nbytes < 2 * S * S, f"{peak / GIB:.2f} GiB"
+
+
+def test_choice_of_attention(capsys):
+    skip_without_cudnn()
+    model_module.say.cache_clear()
+    choose = functools.partial(model_module.choose_attention, 256, device=CUDA, head_dim=64)
+    documents = two_rows_of_documents(256)
+    assert choose(None, None, dtype=torch.bfloat16) == CudnnSinkAttention.apply
+    for window, packing, dtype in (128, None, torch.bfloat16), (None, documents, torch.bfloat16), (None, None, torch.float32):
+        assert choose(window, packing, dtype=dtype).func is flex_sink_attention
+    said = capsys.readouterr().out
+    assert "full layers: cuDNN" in said and "window 128 layers: FlexAttention" in said and "has no torch.float32" in said
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+def small_config(**changes):
+    """Sizes that the fused kernels and grouped matmuls are made for."""
+    sizes = {"num_hidden_layers": 4, "num_experts": 8, "vocab_size": 1024, "hidden_size": 256, "intermediate_size": 192}
+    sizes |= {"head_dim": 64, "num_attention_heads": 8, "num_key_value_heads": 2, "sliding_window": 128, "swiglu_limit": 7.0}
+    return tiny_config(**{**sizes, "max_position_embeddings": 4096, **changes})
+
+
+def run_model(config, tokens, targets, documents=None, device=CUDA, dtype=torch.float32, recompute="none"):
+    """{loss and the gradient of every parameter}, on the CPU, of a model whose weights bf16 can hold."""
+    model = noise_(GPTOSS(config)).bfloat16().to(device, dtype)
+    model.recompute = recompute
+    documents = None if documents is None else documents.to(device)
+    loss = model(tokens.to(device), targets.to(device), documents)
+    loss.backward()
+    return {"loss": loss.detach().cpu(), **{name: gradient.cpu() for name, gradient in gradients(model).items()}}
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_model_in_fp32(documents):
+    tokens, targets = batch(small_config(), 2, 300)
+    documents = two_rows_of_documents(300) if documents else None
+    actual = run_model(small_config(), tokens, targets, documents)
+    expected = run_model(small_config(), tokens, targets, documents, torch.device("cpu"))
+    assert relative(actual["loss"], expected["loss"]) <= 1e-5
+    assert_all_close(actual, expected, 1e-4)
+
+
+def error_of_all(actual, expected):
+    flat = [torch.cat([tensors[name].double().flatten() for name in expected if name != "loss"]) for tensors in (actual, expected)]
+    return relative(*flat)
+
+
+def test_model_in_bf16():
+    """Against fp32, beside the definition's own error in bf16 on a CPU; half as much again, as each misroutes other tokens."""
+    tokens, targets = batch(small_config(), 2, 300)
+    exact = run_model(small_config(), tokens, targets, device=torch.device("cpu"))
+    plain = run_model(small_config(), tokens, targets, device=torch.device("cpu"), dtype=torch.bfloat16)
+    actual = run_model(small_config(), tokens, targets, dtype=torch.bfloat16)
+    assert relative(actual["loss"], exact["loss"]) <= 1e-2
+    assert error_of_all(actual, exact) <= 1.5 * error_of_all(plain, exact)
+
+
+@pytest.mark.parametrize("recompute, runs", [("attention", 1), ("all", 2)])
+def test_recompute(recompute, runs, monkeypatch):
+    """The same gradients as without; cuDNN's forward runs once a full layer if its result is kept."""
+    skip_without_cudnn()
+    tokens, targets = batch(small_config(), 2, 384)
+    expected = run_model(small_config(), tokens, targets, dtype=torch.bfloat16)
+    calls, op = [], torch.ops.aten._scaled_dot_product_cudnn_attention
+    monkeypatch.setattr(
+        torch.ops.aten, op._qualified_op_name.split("::")[1], lambda *args, **kwargs: (calls.append(1), op(*args, **kwargs))[1]
+    )
+    actual = run_model(small_config(), tokens, targets, dtype=torch.bfloat16, recompute=recompute)
+    assert len(calls) == 2 * runs
+    assert error_of_all(actual, expected) <= 5e-3  # cuDNN's backward adds in any order
+    assert relative(actual["loss"], expected["loss"]) <= 1e-5
+
+
+@pytest.mark.parametrize("recompute", ["none", "attention"])
+def test_new_documents_compile_nothing(recompute):
+    config = small_config()
+    model = noise_(GPTOSS(config, recompute)).to(CUDA, torch.bfloat16)
+
+    def step(seed):
+        tokens, targets = (x.to(CUDA) for x in batch(config, 2, 384, seed))
+        documents = torch.randint(3, (2, 384), generator=torch.Generator().manual_seed(seed)).sort().values.to(CUDA)
+        model(tokens, targets, documents).backward()
+
+    step(0)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        step(1)
+        step(2)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 1e-2), (torch.float32, 1e-5)], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("k, used", [(3, range(7)), (2, [1, 4, 5]), (1, [3])], ids=["all used", "four unused", "all on one"])
+@pytest.mark.parametrize("tile", [1 << 15, 9])
+def test_experts(k, used, dtype, tolerance, tile, monkeypatch):
+    monkeypatch.setattr(model_module, "EXPERT_TOKENS", tile)
+    experts, weights, x, *parameters, grad = (t.to(CUDA) for t in expert_inputs(33, k, list(used), dtype))
+    names, outputs = ["x", "weights", "w1", "b1", "w2", "b2"], []
+    for function, last, wide in (model_module.ExpertsFunction.apply, (0.9, True), False), (naive_experts, (0.9,), True):
+        leaves = [(t.double() if wide else t.clone()).requires_grad_() for t in (x, weights, *parameters)]
+        out = function(leaves[0], experts, *leaves[1:], *last)
+        outputs.append({"out": out, **dict(zip(names, torch.autograd.grad(out, leaves, grad.to(out.dtype))))})
+    assert_all_close(*outputs, tolerance)
+    unused = sorted(set(range(7)) - set(used))
+    assert all((outputs[0][name][unused] == 0).all() for name in ["w1", "b1", "w2", "b2"])
+
+
+@pytest.mark.parametrize("what", ["loss", "logprobs"])
+def test_loss_memory(what):
+    """64K rows under the real vocabulary: forward and backward take at most 3 GiB over what was there before and the sum of
+    the weight's gradient in fp32 (2.2 GiB). The logits would be 24.6 GiB."""
+    N, V, C = 64 * 1024, 201088, 2880
+    x = torch.randn(N, C, device=CUDA, dtype=torch.bfloat16).requires_grad_()
+    weight = (torch.randn(V, C, device=CUDA, dtype=torch.bfloat16) / C**0.5).requires_grad_()
+    targets = torch.randint(V, (N,), device=CUDA)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    if what == "loss":
+        model_module.CrossEntropy.apply(x, weight, targets, torch.tensor(float(N), device=CUDA)).backward()
+    else:
+        model_module.LogProbs.apply(x, weight, targets).sum().backward()
+    peak = torch.cuda.max_memory_allocated() - before - 4 * V * C
+    assert peak <= 3 * GIB, f"{peak / GIB:.2f} GiB"
+    assert x.grad.isfinite().all() and weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 1e-2), (torch.float32, 1e-5)], ids=["bf16", "fp32"])
+def test_loss(dtype, tolerance, monkeypatch):
+    """Loss and logprobs and their gradients, in several pieces, against log_softmax in fp64."""
+    monkeypatch.setattr(model_module, "LOSS_ROWS", 128)
+    generator = torch.Generator(CUDA).manual_seed(0)
+    x, weight = (torch.randn(shape, generator=generator, device=CUDA).to(dtype) for shape in ((300, 64), (1000, 64)))
+    targets = torch.randint(1000, (300,), generator=generator, device=CUDA)
+    targets[::5] = model_module.IGNORED
+    scale, counted = torch.randn(300, generator=generator, device=CUDA), targets != model_module.IGNORED
+    for kind in ("loss", "logprobs"):
+        outputs = []
+        for leaves in [x.clone(), weight.clone() / 8], [x.double(), (weight / 8).double()]:
+            a, b = (leaf.requires_grad_() for leaf in leaves)
+            if a.dtype == torch.float64:
+                logprobs = (a @ b.t()).log_softmax(-1).gather(1, targets.clamp(min=0)[:, None])[:, 0] * counted
+                out = -logprobs.sum() / counted.sum() if kind == "loss" else logprobs
+            elif kind == "loss":
+                out = model_module.CrossEntropy.apply(a, b, targets, counted.sum().float())
+            else:
+                out = model_module.LogProbs.apply(a, b, targets)
+            grads = torch.autograd.grad(out, (a, b), torch.ones_like(out) if kind == "loss" else scale.to(out.dtype))
+            outputs.append(dict(zip(["out", "x", "weight"], (out, *grads))))
+        assert_all_close(*outputs, tolerance)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# In processes of their own
+
+
+def twice_deterministic():
+    """For each gradient and the loss, whether two runs give the same bits."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA starts, which in this process it has not
+    assert not torch.cuda.is_initialized()
+    torch.use_deterministic_algorithms(True)
+    equal = {}
+    for documents in (None, two_rows_of_documents(300)):
+        for dtype, recompute in (torch.bfloat16, "attention"), (torch.float32, "none"):
+            tokens, targets = batch(small_config(), 2, 300)
+            a, b = (run_model(small_config(), tokens, targets, documents, CUDA, dtype, recompute) for _ in range(2))
+            equal |= {
+                f"{name} {dtype} {documents is None}": torch.equal(a[name], b[name]) and bool(a[name].isfinite().all())
+                for name in a
+            }
+    return equal
+
+
+def test_deterministic_algorithms():
+    (equal,) = run_ranks(1, twice_deterministic)
+    assert len(equal) > 100
+    assert all(equal.values()), [name for name, same in equal.items() if not same]
+
+
+NCCL_CASES = [(documents, kv_heads) for documents in (False, True) for kv_heads in (1, 2)]
+
+
+def nccl_case(documents, kv_heads, cut):
+    config = small_config(num_hidden_layers=2, num_key_value_heads=kv_heads)
+    tokens, targets = batch(config, 2, 300)
+    targets[:, 10:120] = model_module.IGNORED  # so that the ranks' counts differ
+    documents = two_rows_of_documents(300) if documents else None
+    return run_model(config, *cut(tokens.to(CUDA), targets.to(CUDA), documents))
+
+
+def on_two_gpus():
+    sp.init(init_device_mesh("cuda", (dist.get_world_size(),)))
+    return [nccl_case(*case, sp.shard) for case in NCCL_CASES]
+
+
+def test_two_ranks_over_nccl_equal_one():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    ranks = run_ranks(2, on_two_gpus, backend="nccl", timeout=400)
+    for case, *parts in zip(NCCL_CASES, *ranks):
+        torch._dynamo.reset()
+        expected = nccl_case(*case, lambda *batch: batch)
+        actual = {name: sum(part[name] for part in parts) for name in expected}
+        assert relative(actual["loss"], expected["loss"]) <= 1e-6
+        assert_all_close(actual, expected, 1e-5)

@@ -1,0 +1,880 @@
+"""model.py on a CPU: against transformers' GPT-OSS in fp32, and its parts against plain definitions in fp64."""
+
+import json
+import math
+import os
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from common import (
+    assert_all_close,
+    batch,
+    expert_inputs,
+    gradients,
+    hugging_face_config,
+    hugging_face_gradients,
+    naive_experts,
+    noise_,
+    packed,
+    relative,
+    tiny_config,
+    twins,
+)
+from safetensors.torch import load_file, save_file
+from torch.nn.attention.flex_attention import create_block_mask, create_mask
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import checkpoint
+import model as model_module
+from model import GPTOSS, IGNORED, GPTOSSConfig, apply_sinks, block_mask, dense_attention, rope_tables
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Against transformers
+
+
+CASES = {  # name: (changes to tiny_config, B, S)
+    "window in sequence": ({}, 2, 29),
+    "window past sequence": ({"sliding_window": 64, "num_key_value_heads": 6, "hidden_size": 24}, 3, 13),
+    "window of one, one kv head": ({"sliding_window": 1, "num_key_value_heads": 1, "num_hidden_layers": 4}, 1, 37),
+    "every expert": ({"experts_per_token": 5, "intermediate_size": 20, "head_dim": 2, "swiglu_limit": 0.3}, 2, 17),
+    "one expert each": ({"experts_per_token": 1, "num_experts": 9, "num_key_value_heads": 2, "hidden_size": 48}, 1, 101),
+    "no yarn": ({"rope_scaling_factor": 1.0, "num_hidden_layers": 2, "head_dim": 12}, 3, 1),
+}
+
+
+def compare_gradients(ours, theirs, tokens, targets):
+    """Loss and the gradient of every parameter, with part of the targets masked."""
+    loss = ours(tokens, targets)
+    expected = F.cross_entropy(theirs(tokens).logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+    loss.backward()
+    expected.backward()
+    assert relative(loss, expected) <= 1e-6
+    assert_all_close(gradients(ours), hugging_face_gradients(theirs), 1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_gradients(case):
+    changes, B, S = CASES[case]
+    ours, theirs = twins(tiny_config(**changes), seed=len(case))
+    tokens, targets = batch(ours.config, B, S)
+    if S == 1:
+        targets = tokens  # a single row: one that counts
+    logits, expected = ours(tokens), theirs(tokens).logits
+    assert 0.3 < expected.std() < 3
+    assert (logits - expected).abs().max() <= 1e-5
+    compare_gradients(ours, theirs, tokens, targets)
+
+
+@pytest.mark.parametrize("tiled", [False, True], ids=["whole", "tiled"])
+@pytest.mark.parametrize("recompute", ["none", "attention", "all"])
+def test_gradients_recomputed_and_tiled(recompute, tiled, monkeypatch):
+    if tiled:  # neither divides the 58 rows, and the last tile is shorter than the number of experts
+        monkeypatch.setattr(model_module, "EXPERT_TOKENS", 11)
+        monkeypatch.setattr(model_module, "LOSS_ROWS", 7)
+    ours, theirs = twins(tiny_config(), seed=3, recompute=recompute)
+    compare_gradients(ours, theirs, *batch(ours.config, 2, 29))
+
+
+@pytest.mark.parametrize("loss_rows", [2048, 5])
+def test_logprobs(loss_rows, monkeypatch):
+    monkeypatch.setattr(model_module, "LOSS_ROWS", loss_rows)
+    ours, theirs = twins(tiny_config(), seed=4)
+    tokens, targets = batch(ours.config, 3, 19)
+    cotangents = torch.randn(3, 19, generator=torch.Generator().manual_seed(5))
+    logprobs = ours.logprobs(tokens, targets)
+    counted = targets != IGNORED
+    expected = theirs(tokens).logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0] * counted
+    assert logprobs.dtype == torch.float32
+    assert (logprobs[~counted] == 0).all()
+    assert (logprobs - expected).abs().max() <= 1e-5
+    logprobs.backward(cotangents)
+    expected.backward(cotangents)
+    assert_all_close(gradients(ours), hugging_face_gradients(theirs), 1e-5)
+
+
+@pytest.mark.parametrize("recompute", ["none", "all"])
+def test_packed_documents_equal_separate_runs(recompute):
+    """transformers sees each document alone, from position 0: rotary positions are relative."""
+    ours, theirs = twins(tiny_config(), seed=6, recompute=recompute)
+    tokens, targets = batch(ours.config, 2, 31)
+    lengths = [9, 1, 14, 7], [2, 29]
+    documents = torch.stack([packed(lengths[0], [5, 2, 9, 0]), packed(lengths[1], [2, 2**40])])  # in no order
+    logits = ours(tokens, documents=documents)
+    loss = ours(tokens, targets, documents)
+    alone = [theirs(document[None]).logits[0] for row, cut in zip(tokens, lengths) for document in row.split(cut)]
+    expected = torch.cat(alone).view_as(logits)
+    assert (logits - expected).abs().max() <= 1e-5
+    assert relative(ours.logprobs(tokens, targets, documents).sum() / (targets != IGNORED).sum(), -loss) <= 1e-6
+    loss.backward()
+    F.cross_entropy(expected.flatten(0, 1), targets.flatten(), ignore_index=IGNORED).backward()
+    assert_all_close(gradients(ours), hugging_face_gradients(theirs), 1e-5)
+
+
+def swapped_pairs(x, cos, sin):
+    """Rotary positions that turn neighbouring dimensions."""
+    a, b = x[..., ::2], x[..., 1::2]
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+
+
+def unweighed_bias(y, where, weights, bias, experts):
+    return (y[where] * weights[..., None]).sum(1) + bias[experts].sum(1)
+
+
+def no_sinks(q, k, v, sinks, **mask):
+    return dense_attention(q, k, v, torch.full_like(sinks, float("-inf")), **mask)
+
+
+def interleaved_swiglu(h, bias, expert, limit):
+    gate, up = (x[..., i::2] for x in [h + bias[expert]] for i in (0, 1))
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+
+
+@pytest.mark.parametrize(
+    "name, wrong",
+    [
+        ("dense_attention", no_sinks),
+        ("combine", unweighed_bias),
+        ("rotate", swapped_pairs),
+        ("swiglu", interleaved_swiglu),
+        ("sliding_window", 8),
+        ("swiglu_limit", 7.0),
+        ("rms_norm_eps", 1e-2),
+    ],
+)
+def test_comparison_sees(name, wrong, monkeypatch):
+    """What the comparison with transformers is for: each of these mistakes makes it fail by far."""
+    ours, theirs = twins(tiny_config())
+    if hasattr(ours.config, name):
+        parameters = ours.state_dict()
+        ours = GPTOSS(replace(ours.config, **{name: wrong}))
+        ours.load_state_dict(parameters)
+    else:
+        monkeypatch.setattr(model_module, name, wrong)
+    tokens, _ = batch(ours.config, 2, 29)
+    with torch.no_grad():
+        assert (ours(tokens) - theirs(tokens).logits).abs().max() > 1e-3
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rotary positions and arithmetic
+
+POSITIONS = torch.tensor([0, 1, 2, 127, 4095, 4096, 65535, 65536, 131070, 131071])
+
+
+def hugging_face_tables(**changes):
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
+
+    cos, sin = GptOssRotaryEmbedding(hugging_face_config(GPTOSSConfig(), **changes))(torch.ones(1), POSITIONS[None])
+    return cos[0], sin[0]
+
+
+def table_error(expected):
+    return max((ours - theirs).abs().max().item() for ours, theirs in zip(rope_tables(GPTOSSConfig(), POSITIONS), expected))
+
+
+def test_rotary_tables_of_the_real_model():
+    """1e-2 at position 131071 is the last bit of a frequency; a ramp with rounded ends is off by whole turns."""
+    pytest.importorskip("transformers", reason="transformers is the reference")
+    assert table_error(hugging_face_tables()) <= 1e-2
+    assert table_error(hugging_face_tables(truncate=True)) > 1
+
+
+def test_yarn_ramp_of_the_real_model():
+    """The ends of the ramp, read off the tables: between them it is a straight line."""
+    config = GPTOSSConfig()
+    cos, sin = (table[0].double() for table in rope_tables(config, torch.ones(1, dtype=torch.int64)))
+    assert torch.hypot(cos, sin) == pytest.approx(torch.full((32,), 1.3465736, dtype=torch.float64), abs=2e-7)
+    extrapolated = config.rope_theta ** -(torch.arange(32, dtype=torch.float64) / 32)
+    ramp = (1 - torch.atan2(sin, cos) / extrapolated) / (1 - 1 / config.rope_scaling_factor)
+    assert ramp[:9] == pytest.approx(torch.zeros(9, dtype=torch.float64), abs=1e-5)
+    assert ramp[18:] == pytest.approx(torch.ones(14, dtype=torch.float64), abs=1e-5)
+    slope = (ramp[17] - ramp[9]) / 8
+    low, high = 9 - ramp[9] / slope, 9 + (1 - ramp[9]) / slope
+    assert (low, high) == (pytest.approx(8.0928, abs=2e-4), pytest.approx(17.3980, abs=2e-4))
+
+
+@pytest.mark.parametrize(
+    "config, total", [(GPTOSSConfig.gpt_oss_20b(), 20_914_757_184), (GPTOSSConfig.gpt_oss_120b(), 116_829_156_672)]
+)
+def test_parameter_totals(config, total):
+    with torch.device("meta"):
+        model = GPTOSS(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == total
+
+
+def test_flops_per_token():
+    config = GPTOSSConfig()
+    for k, giga in {8: 24.1, 32: 31.4, 64: 41.0, 128: 60.4, 256: 99.0}.items():
+        assert config.flops_per_token(k * 1024) / 1e9 == pytest.approx(giga, abs=0.05)
+    tiny = tiny_config()
+    for S in (3, 29):  # window 7: longer and shorter than the sequence; layers 0 and 2 slide
+        pairs = sum(2 * min(i + 1, 7) + i + 1 for i in range(S))
+        matrices = 3 * (20 * (6 + 6) * 8 + 48 * 20 + 20 * 5 + 2 * 3 * 20 * 12) + 20 * 61
+        assert tiny.flops_per_token(S) == pytest.approx(6 * matrices + 12 * 48 * pairs / S)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention and its sinks
+
+
+def attention_inputs(B=2, S=23, H=6, K=3, D=4, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v, grad = (torch.randn(B, S, heads, D, generator=generator, dtype=dtype) for heads in (H, K, K, H))
+    sinks = 2 * torch.randn(H, generator=generator, dtype=dtype)
+    return [x.requires_grad_() for x in (q, k, v, sinks)], grad
+
+
+def attention_without_sinks(q, k, v):
+    """Causal attention and the logsumexp of its scores, (B, H, S, D) and (B, H, S)."""
+    group = q.shape[2] // k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)))
+    scores = q @ k.mT / q.shape[-1] ** 0.5
+    scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), float("-inf"))
+    return scores.softmax(-1) @ v, scores.logsumexp(-1)
+
+
+@pytest.mark.parametrize("detached", [False, True])
+def test_sinks_on_the_logsumexp_equal_sinks_as_a_column(detached):
+    """Also in the gradients, and if lse is detached then not in those of q and k: everything else is still right."""
+    inputs, grad = attention_inputs()
+    q, k, v, sinks = inputs
+    expected = dense_attention(q, k, v, sinks)
+    out, lse = attention_without_sinks(q, k, v)
+    actual = apply_sinks(out, lse.detach() if detached else lse, sinks).transpose(1, 2)
+    assert relative(actual, expected) <= 1e-6  # its sigmoid is taken in fp32
+    wanted = dict(zip(["q", "k", "v", "sinks"], torch.autograd.grad(expected, inputs, grad)))
+    given = dict(zip(["q", "k", "v", "sinks"], torch.autograd.grad(actual, inputs, grad)))
+    if detached:
+        assert min(relative(given.pop(name), wanted.pop(name)) for name in "qk") > 1e-2
+    assert_all_close(given, wanted, 1e-6)
+
+
+def test_dense_attention_of_the_last_queries():
+    """As generation calls it: fewer queries than keys."""
+    (q, k, v, sinks), _ = attention_inputs()
+    documents = torch.stack([packed([9, 14], [1, 0]), packed([21, 2], [0, 4])])
+    for mask in ({}, {"window": 5}, {"documents": documents}, {"window": 3, "documents": documents}):
+        torch.testing.assert_close(dense_attention(q[:, -4:], k, v, sinks, **mask), dense_attention(q, k, v, sinks, **mask)[:, -4:])
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_sink_attention_forward():
+    """Its plain implementation has a forward on a CPU: shapes, masks and the sinks, with test_gpu.py for the rest."""
+    q, k, v, sinks = (x.detach().float() for x in attention_inputs(S=300)[0])
+    documents = torch.stack([packed([130, 170], [7, 3]), packed([299, 1], [0, 1])])
+    for window in (None, 1, 64):
+        for docs in (None, documents):
+            out = model_module.flex_sink_attention(q, k, v, sinks, mask=block_mask(300, window, docs, q.device))
+            assert relative(out, dense_attention(q, k, v, sinks, window, docs)) <= 1e-6
+
+
+class PlainCudnn:
+    """cuDNN's attention op in plain tensor operations: like any flash kernel, its backward trusts the out and lse it is given."""
+
+    def __init__(self):
+        self.forwards = 0
+
+    def forward(self, q, k, v, bias, compute_lse, is_causal):
+        self.forwards += 1
+        assert bias is None and compute_lse and is_causal
+        out, lse = attention_without_sinks(*(x.transpose(1, 2) for x in (q, k, v)))
+        seed = offset = torch.zeros(())
+        return out, lse[..., None], None, None, q.shape[2], k.shape[2], seed, offset, torch.zeros(())
+
+    def backward(self, grad, q, k, v, out, lse, seed, offset, bias, cum_q, cum_k, max_q, max_k, dropout, is_causal):
+        assert bias is None and is_causal and dropout == 0 and (max_q, max_k) == (q.shape[2], k.shape[2])
+        group, scale = q.shape[1] // k.shape[1], q.shape[-1] ** -0.5
+        keys, values = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+        weights = (q @ keys.mT * scale - lse).exp().tril()  # (B, H, S, S)
+        dscores = weights * (grad @ values.mT - (grad * out).sum(-1, keepdim=True)) * scale
+        dk, dv = (x.unflatten(1, (-1, group)).sum(2) for x in (dscores.mT @ q, weights.mT @ grad))
+        return dscores @ keys, dk, dv
+
+
+@pytest.fixture
+def plain_cudnn(monkeypatch):
+    op = PlainCudnn()
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention", op.forward)
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention_backward", op.backward)
+    return op
+
+
+def test_cudnn_sink_attention(plain_cudnn):
+    """Handed the sink's logsumexp, a backward that knows of no sinks gives their gradients."""
+    inputs, grad = attention_inputs()
+    expected, actual = dense_attention(*inputs), model_module.CudnnSinkAttention.apply(*inputs)
+    assert relative(actual, expected) <= 1e-6
+    wanted = dict(zip(["q", "k", "v", "sinks"], torch.autograd.grad(expected, inputs, grad)))
+    assert_all_close(dict(zip(["q", "k", "v", "sinks"], torch.autograd.grad(actual, inputs, grad))), wanted, 1e-6)
+
+
+@pytest.mark.parametrize("recompute, runs", [("none", 1), ("attention", 1), ("all", 2)])
+def test_kept_attention(recompute, runs, plain_cudnn, monkeypatch):
+    """recompute="attention" runs a full layer's attention once, and finds the same gradients."""
+    config = tiny_config(num_hidden_layers=4)
+    twin = noise_(GPTOSS(config))
+    tokens, targets = batch(config, 2, 21)
+    twin(tokens, targets).backward()
+
+    def choose(S, window, *rest):
+        return model_module.CudnnSinkAttention.apply if window is None else choose_attention(S, window, *rest)
+
+    choose_attention = model_module.choose_attention
+    monkeypatch.setattr(model_module, "choose_attention", choose)
+    model = noise_(GPTOSS(config, recompute))
+    model(tokens, targets).backward()
+    assert plain_cudnn.forwards == 2 * runs  # two full layers
+    assert_all_close(gradients(model), gradients(twin), 1e-5)
+
+
+def true_mask(S, window, documents):
+    distance = torch.arange(S)[:, None] - torch.arange(S)
+    mask = (distance >= 0) & (distance < (window or S))
+    return mask[None] if documents is None else mask & (documents[:, :, None] == documents[:, None])  # (B, S, S)
+
+
+def listed_blocks(mask):
+    """(visited and looked at, visited whole): two (B, blocks, blocks) masks, from a BlockMask's two lists."""
+    dense = []
+    for counts, numbers in (mask.kv_num_blocks, mask.kv_indices), (mask.full_kv_num_blocks, mask.full_kv_indices):
+        pairs = torch.zeros(numbers.shape, dtype=torch.bool)
+        for place in zip(*torch.where(counts >= 0)):
+            pairs[place][numbers[place][: counts[place]].long()] = True
+            assert pairs[place].sum() == counts[place]  # none is listed twice
+        dense.append(pairs[:, 0])
+    return dense
+
+
+DOCUMENTS = {
+    "none": None,
+    "in order": lambda S, g: torch.sort(torch.randint(4, (2, S), generator=g)).values,
+    "in no order": lambda S, g: torch.stack([packed([S // 3, S - S // 3 - S // 4, S // 4], [x, 9, 1]) for x in (40, -3)]),
+    "interleaved, int32": lambda S, g: torch.randint(3, (2, S), generator=g).int(),
+}
+
+
+@pytest.mark.parametrize("documents", DOCUMENTS)
+@pytest.mark.parametrize("S, block", [(1, 16), (31, 16), (64, 16), (101, 16), (128, 128), (300, 128)])
+def test_block_mask(S, block, documents):
+    """What the lists and the mask function say together is the mask. Unless documents mix, no block is visited in vain or
+    looked at in vain, and torch's own block mask, made from all S x S scores, has the same lists."""
+    in_order = documents in ("none", "in order")
+    documents = DOCUMENTS[documents] and DOCUMENTS[documents](S, torch.Generator().manual_seed(S))
+    B, blocks = 1 if documents is None else 2, math.ceil(S / block)
+    for window in (None, 1, 2, block - 1, block, block + 1, 2 * block, 10 * S):
+        mask = block_mask(S, window, documents, torch.device("cpu"), block)
+        assert (mask.seq_lengths, mask.BLOCK_SIZE) == ((S, S), (block, block))
+        partial, whole = listed_blocks(mask)
+        truth = true_mask(S, window, documents)
+        scores = create_mask(mask.mask_mod, B, 1, S, S, device="cpu")[:, 0]
+        wide = [pairs.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, :S, :S] for pairs in (partial, whole)]
+        assert not (partial & whole).any()
+        assert torch.equal((wide[0] & scores) | wide[1], truth)
+        padded = F.pad(truth, (0, blocks * block - S) * 2).unflatten(2, (blocks, block)).unflatten(1, (blocks, block))
+        if in_order:
+            assert torch.equal(partial | whole, padded.any(4).any(2))
+            assert torch.equal(whole, padded.all(4).all(2))
+            theirs = listed_blocks(create_block_mask(mask.mask_mod, B, None, S, S, "cpu", BLOCK_SIZE=block))
+            assert torch.equal(partial, theirs[0]) and torch.equal(whole, theirs[1])
+
+
+def test_the_choice_of_attention_is_said_once(capsys):
+    model_module.say.cache_clear()
+    model = noise_(GPTOSS(tiny_config()))
+    for _ in range(2):
+        model(torch.zeros(1, 3, dtype=torch.int64))
+    said = capsys.readouterr().out.splitlines()
+    assert [sum(f"{layers} layers: dense" in line for line in said) for layers in ("window 7", "full")] == [1, 1]
+    assert len(said) == 2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Experts
+
+
+@pytest.mark.parametrize("tile", [1 << 15, 5])
+@pytest.mark.parametrize("keep_hidden", [True, False])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "N, k, used",
+    [(33, 3, range(7)), (13, 2, [1, 4, 5]), (17, 1, [3]), (1, 7, range(7))],
+    ids=["all used", "four unused", "all on one", "one token, every expert"],
+)
+def test_experts_against_a_loop(N, k, used, dtype, tolerance, keep_hidden, tile, monkeypatch):
+    """In fp64, token by token: outputs and all gradients, so no token is dropped and no row is in another's place."""
+    monkeypatch.setattr(model_module, "EXPERT_TOKENS", tile)
+    experts, weights, x, *parameters, grad = expert_inputs(N, k, list(used), dtype)
+    names, outputs = ["x", "weights", "w1", "b1", "w2", "b2"], []
+    for function, last in (model_module.ExpertsFunction.apply, (0.9, keep_hidden)), (naive_experts, (0.9,)):
+        leaves = [t.clone().requires_grad_() for t in (x, weights, *parameters)]
+        if function is naive_experts:
+            leaves = [t.detach().double().requires_grad_() for t in leaves]
+        out = function(leaves[0], experts, *leaves[1:], *last)
+        outputs.append({"out": out, **dict(zip(names, torch.autograd.grad(out, leaves, grad.to(out.dtype))))})
+    actual, expected = outputs
+    assert actual["out"].dtype == actual["w1"].dtype == dtype and actual["weights"].dtype == torch.float32
+    assert_all_close(actual, expected, tolerance)
+    unused = sorted(set(range(7)) - set(used))
+    assert all((actual[name][unused] == 0).all() for name in ["w1", "b1", "w2", "b2"])
+
+
+@pytest.mark.parametrize("recompute, runs", [("none", 6), ("all", 7)])
+def test_experts_run_no_more_often_than_they_must(recompute, runs, monkeypatch):
+    """Two matmuls forward and four backward. A checkpointed block makes the first again, and its second run makes none."""
+    calls, grouped_mm = [], F.grouped_mm
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return grouped_mm(*args, **kwargs)
+
+    monkeypatch.setattr(model_module.F, "grouped_mm", counted)
+    model = noise_(GPTOSS(tiny_config(), recompute))
+    model(*batch(model.config, 2, 9)).backward()
+    assert len(calls) == runs * 3  # layers
+    assert all(block.mlp.load.sum() == 2 * 9 * 2 and block.mlp.load.shape == (5,) for block in model.blocks)
+
+
+def test_bf16():
+    """The whole model in bf16 on a CPU, against the same weights in fp32."""
+    config = tiny_config(hidden_size=24, intermediate_size=16)  # grouped matmuls in bf16 want sizes that 8 divides
+    model, twin = noise_(GPTOSS(config)).bfloat16(), GPTOSS(config)
+    twin.load_state_dict(model.state_dict())
+    tokens, targets = batch(model.config, 2, 29)
+    assert model(tokens).dtype == torch.bfloat16
+    loss, expected = model(tokens, targets), twin(tokens, targets)
+    loss.backward()
+    expected.backward()
+    assert loss.dtype == torch.float32
+    assert relative(loss, expected) <= 1e-2
+    assert_all_close(gradients(model), gradients(twin), 0.2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Loss
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operation returned, in the backward too."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("what", ["loss", "loss without gradient", "logprobs", "logits"])
+def test_logits_never_exist_whole(what, monkeypatch):
+    monkeypatch.setattr(model_module, "LOSS_ROWS", 32)
+    B, S, V, C = 10, 21, 1500, 12
+    model = noise_(GPTOSS(tiny_config(vocab_size=V, hidden_size=C, num_hidden_layers=1)))
+    tokens, targets = batch(model.config, B, S)
+    with Largest() as largest:
+        if what == "loss":
+            model(tokens, targets).backward()
+        elif what == "loss without gradient":
+            with torch.no_grad():
+                model(tokens, targets)
+        elif what == "logprobs":
+            model.logprobs(tokens, targets).sum().backward()
+        else:
+            model(tokens)  # the measurement sees them where they are
+    few_rows = 32 * V  # more than the parameters and their gradients: V C
+    assert largest.numel == (B * S * V if what == "logits" else few_rows)
+
+
+def test_all_targets_masked():
+    model = noise_(GPTOSS(tiny_config()))
+    tokens, targets = batch(model.config, 2, 9)
+    loss = model(tokens, torch.full_like(targets, IGNORED))
+    loss.backward()
+    assert loss == 0
+    assert all((gradient == 0).all() for gradient in gradients(model).values())
+    assert (model.logprobs(tokens, torch.full_like(targets, IGNORED)) == 0).all()
+
+
+def test_loss_of_parts_with_the_count_of_the_whole():
+    model, twin = (noise_(GPTOSS(tiny_config())) for _ in range(2))
+    tokens, targets = batch(model.config, 3, 9)
+    targets[1] = IGNORED
+    loss, count = twin(tokens, targets), (targets != IGNORED).sum()
+    loss.backward()
+    parts = [model(tokens[i : i + 1], targets[i : i + 1], count=count) for i in range(3)]
+    sum(parts).backward()
+    assert parts[1] == 0
+    assert relative(sum(parts), loss) <= 1e-6
+    assert_all_close(gradients(model), gradients(twin), 1e-5)
+
+
+def test_loss_scales_and_needs_no_gradient():
+    model, twin = (noise_(GPTOSS(tiny_config())) for _ in range(2))
+    tokens, targets = batch(model.config, 2, 9)
+    loss = model(tokens, targets)
+    (3 * loss).backward()
+    twin(tokens, targets).backward()
+    assert_all_close(gradients(model), {name: 3 * gradient for name, gradient in gradients(twin).items()}, 1e-5)
+    with torch.no_grad():
+        assert relative(model(tokens, targets), loss) <= 1e-6
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What users get wrong
+
+
+@pytest.mark.parametrize(
+    "tokens, message",
+    [
+        (torch.full((1, 4), 61), r"61 to 61.*vocab_size=61"),
+        (torch.tensor([[3, -2]]), r"-2 to 3.*vocab_size=61"),
+        (torch.zeros(1, 257, dtype=torch.int64), r"257 tokens.*max_position_embeddings=256"),
+        (torch.zeros(2, 3), r"float32 \(2, 3\)"),
+        (torch.zeros(2, 0, dtype=torch.int64), r"\(2, 0\)"),
+        (torch.zeros(0, 2, dtype=torch.int64), r"\(0, 2\)"),
+        (torch.zeros(3, dtype=torch.int64), r"\(B, S\).*\(3,\)"),
+        (torch.zeros(1, 2, 3, dtype=torch.int64), r"\(B, S\).*\(1, 2, 3\)"),
+    ],
+)
+def test_wrong_tokens(tokens, message):
+    with pytest.raises(ValueError, match=message):
+        GPTOSS(tiny_config())(tokens)
+
+
+@pytest.mark.parametrize(
+    "targets, message",
+    [
+        (torch.zeros(2, 4, dtype=torch.int64), r"\(2, 4\).*\(2, 3\)"),
+        (torch.full((2, 3), 61), r"to 61.*vocab_size=61"),
+        (torch.tensor([[0, 1, 2], [0, -1, IGNORED]]), r"-100 .*vocab_size=61"),
+        (torch.zeros(2, 3), r"float32"),
+    ],
+)
+@pytest.mark.parametrize("call", ["forward", "logprobs"])
+def test_wrong_targets(call, targets, message):
+    model = noise_(GPTOSS(tiny_config()))
+    with pytest.raises(ValueError, match=message):
+        getattr(model, call)(torch.zeros(2, 3, dtype=torch.int64), targets)
+
+
+def test_wrong_documents():
+    with pytest.raises(ValueError, match=r"documents.*\(2, 2\)"):
+        GPTOSS(tiny_config())(torch.zeros(2, 3, dtype=torch.int64), documents=torch.zeros(2, 2, dtype=torch.int64))
+
+
+def test_wrong_recompute():
+    with pytest.raises(ValueError, match="recompute.*'attn'"):
+        GPTOSS(tiny_config(), recompute="attn")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+OPENAI = {  # gpt-oss-20b's original/config.json, which leaves the two fields that have no choice to the code
+    "num_hidden_layers": 24,
+    "num_experts": 32,
+    "experts_per_token": 4,
+    "vocab_size": 201088,
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "swiglu_limit": 7.0,
+    "head_dim": 64,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "sliding_window": 128,
+    "initial_context_length": 4096,
+    "rope_theta": 150000,
+    "rope_scaling_factor": 32.0,
+    "rope_ntk_alpha": 1,
+    "rope_ntk_beta": 32,
+}
+
+
+def write(path, value):
+    path.write_text(json.dumps(value))
+    return path
+
+
+def hugging_face_json(folder, config):
+    """(the config.json that transformers writes, the same in the style before transformers 5)."""
+    hugging_face_config(config).save_pretrained(folder)
+    new, old = (json.loads((folder / "config.json").read_text()) for _ in range(2))
+    old["rope_scaling"] = old.pop("rope_parameters")
+    old["rope_theta"] = old["rope_scaling"].pop("rope_theta")
+    old["initial_context_length"] = old["rope_scaling"]["original_max_position_embeddings"]
+    return new, old
+
+
+def test_config_from_openai_json(tmp_path):
+    assert GPTOSSConfig.from_json(write(tmp_path / "config.json", OPENAI)) == GPTOSSConfig()
+
+
+def test_config_from_json(tmp_path):
+    path = tmp_path / "config.json"
+    config = tiny_config(sliding_window=19, rope_ntk_alpha=1.5, rope_ntk_beta=24.0, rms_norm_eps=1e-6)
+    config.to_json(path)
+    assert GPTOSSConfig.from_json(path) == config
+    assert json.loads(path.read_text()) == asdict(config)
+    for style in hugging_face_json(tmp_path, config):
+        assert GPTOSSConfig.from_json(write(path, style)) == config
+        for optional in ("layer_types", "swiglu_limit", "tie_word_embeddings", "attention_bias", "hidden_act"):
+            without = {name: value for name, value in style.items() if name != optional}
+            expected = replace(config, swiglu_limit=7.0) if optional == "swiglu_limit" else config
+            assert GPTOSSConfig.from_json(write(path, without)) == expected
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model_type": "llama"}, "model_type is 'llama'"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
+        ({"attention_bias": False}, "attention_bias is False"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"layer_types": ["full_attention"] * 3}, "layer_types is"),
+        ({"swiglu_alpha": 1.5}, "swiglu_alpha is 1.5"),
+        ({"truncate": True}, "truncate is True"),
+        ({"truncate": None}, "truncate is None"),  # where nothing is said transformers rounds
+        ({"rope_type": "llama3"}, "rope_type is 'llama3'"),
+    ],
+)
+def test_config_not_implemented(change, message, tmp_path):
+    for style in hugging_face_json(tmp_path, tiny_config()):
+        rope = style.get("rope_parameters") or style["rope_scaling"]
+        (name, value), *_ = change.items()
+        (rope if name in rope else style)[name] = value
+        with pytest.raises(ValueError, match=f"config.json: {message}.*only"):
+            GPTOSSConfig.from_json(write(tmp_path / "config.json", style))
+
+
+def test_config_files_that_are_wrong(tmp_path):
+    path, ours = tmp_path / "config.json", asdict(GPTOSSConfig())
+    (tmp_path / "text.json").write_text("{not json")
+    new, _ = hugging_face_json(tmp_path, tiny_config())
+    del new["rms_norm_eps"], new["rope_parameters"]["beta_fast"]
+    for file, message in [
+        (tmp_path / "absent.json", "absent.json: not a readable"),
+        (tmp_path / "text.json", "text.json: not a readable"),
+        (write(tmp_path / "list.json", [1]), "list.json.*list"),
+        (write(tmp_path / "more.json", {**ours, "num_layers": 3}), r"unknown fields \['num_layers'\]"),
+        (write(tmp_path / "fewer.json", {"head_dim": 64, "hidden_size": 3}), "missing fields.*'num_experts'"),
+        (write(tmp_path / "hub.json", new), r"missing fields \['rms_norm_eps', 'rope_ntk_beta'\]"),
+        (write(path, {**ours, "num_experts": 0}), "config.json: num_experts=0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            GPTOSSConfig.from_json(file)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"num_experts": "32"}, "num_experts='32' must be a positive int"),
+        ({"hidden_size": -1}, "hidden_size=-1 must be a positive int"),
+        ({"sliding_window": 2.5}, "sliding_window=2.5 must be a positive int"),
+        ({"vocab_size": True}, "vocab_size=True must be a positive int"),
+        ({"rope_theta": None}, "rope_theta=None must be a positive float"),
+        ({"rope_theta": math.nan}, "rope_theta=nan must be a positive float"),
+        ({"num_experts": math.inf}, "num_experts=inf must be a positive int"),
+        ({"num_key_value_heads": 4}, "num_key_value_heads=4.*num_attention_heads=6"),
+        ({"head_dim": 7}, "head_dim=7 must be even"),
+        ({"experts_per_token": 6}, "experts_per_token=6.*num_experts=5"),
+    ],
+)
+def test_config_values_that_are_wrong(change, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(**change)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Initialisation and checkpoints
+
+
+def materialised(config, dtype=torch.float32):
+    """Built on the meta device, then given memory full of NaN."""
+    with torch.device("meta"):
+        model = GPTOSS(config)
+    model = model.to(dtype).to_empty(device="cpu")
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data.fill_(math.nan)
+    return model
+
+
+def test_init_weights_sets_everything():
+    config = tiny_config(hidden_size=64, num_experts=8)
+    a, b, other = materialised(config), noise_(GPTOSS(config)), materialised(config)
+    a.init_weights(seed=5)
+    torch.rand(3)  # the global generator plays no part
+    b.init_weights(seed=5)
+    other.init_weights(seed=6)
+    for (name, x), y, z in zip(a.named_parameters(), b.parameters(), other.parameters()):
+        assert torch.equal(x, y), name
+        if name.endswith("norm.weight"):
+            assert (x == 1).all(), name
+        elif name.endswith(("bias", "sinks")):
+            assert (x == 0).all(), name
+        else:
+            residual = name.endswith(("attention.out.weight", "down_weight"))
+            assert x.detach().std() == pytest.approx(0.02 / (6**0.5 if residual else 1), rel=0.1), name
+            assert x.mean().abs() < 0.002 and not torch.equal(x, z), name
+    assert a(torch.zeros(1, 5, dtype=torch.int64)).isfinite().all()
+
+
+def assert_same_weights(a, b):
+    theirs = dict(b.named_parameters())
+    assert theirs.keys() == dict(a.named_parameters()).keys()
+    for name, x in a.named_parameters():
+        assert x.dtype == theirs[name].dtype and torch.equal(x, theirs[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shard_bytes", [5 * 10**9, 10_000])
+def test_checkpoint_round_trip(shard_bytes, dtype, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", shard_bytes)
+    model = noise_(GPTOSS(tiny_config())).to(dtype)
+    folder = tmp_path / "runs" / "checkpoint"
+    model.save_checkpoint(folder)
+    again = GPTOSS.from_checkpoint(folder)
+    assert again.config == model.config
+    assert_same_weights(again, model)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    sizes = {file.name: sum(t.nbytes for t in load_file(file).values()) for file in folder.glob("*.safetensors")}
+    assert index["metadata"]["total_size"] == sum(sizes.values()) == sum(p.nbytes for p in model.parameters())
+    assert set(sizes) == {f"model-{i:05d}-of-{len(sizes):05d}.safetensors" for i in range(1, len(sizes) + 1)}
+    assert set(index["weight_map"].values()) == set(sizes)
+    assert (len(sizes) > 3 and max(sizes.values()) <= 10_000) if shard_bytes == 10_000 else len(sizes) == 1
+    assert os.listdir(folder.parent) == ["checkpoint"]  # nothing half-written is left beside it
+    for wanted in (torch.float32, torch.bfloat16):
+        assert_same_weights(GPTOSS.from_checkpoint(folder, dtype=wanted), model.to(wanted))
+
+
+def test_checkpoint_in_another_dtype(tmp_path):
+    model = noise_(GPTOSS(tiny_config()))
+    model.save_checkpoint(tmp_path / "half", dtype=torch.bfloat16)
+    assert_same_weights(GPTOSS.from_checkpoint(tmp_path / "half"), model.bfloat16())
+
+
+def test_checkpoint_takes_the_place_of_an_older_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 10_000)
+    noise_(GPTOSS(tiny_config(num_hidden_layers=5))).save_checkpoint(tmp_path / "last")
+    (tmp_path / ".last.partial").mkdir()  # of a run that was killed
+    (tmp_path / ".last.partial" / "rubbish").touch()
+    model = noise_(GPTOSS(tiny_config()), seed=1)
+    model.save_checkpoint(tmp_path / "last")
+    assert_same_weights(GPTOSS.from_checkpoint(tmp_path / "last"), model)
+    assert os.listdir(tmp_path) == ["last"]
+    files = set(json.loads((tmp_path / "last" / "model.safetensors.index.json").read_text())["weight_map"].values())
+    assert set(os.listdir(tmp_path / "last")) == files | {"config.json", "model.safetensors.index.json"}
+
+
+def test_checkpoint_does_not_replace_something_else(tmp_path):
+    (tmp_path / "thesis.tex").write_text("ten years of work")
+    model = noise_(GPTOSS(tiny_config(num_hidden_layers=1)))
+    with pytest.raises(ValueError, match="something other than a checkpoint"):
+        model.save_checkpoint(tmp_path)
+    assert (tmp_path / "thesis.tex").read_text() == "ten years of work"
+    (tmp_path / "empty").mkdir()
+    model.save_checkpoint(tmp_path / "empty")
+
+
+def test_load_weights_lists_what_does_not_fit(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 10_000)
+    model = noise_(GPTOSS(tiny_config()))
+    model.save_checkpoint(tmp_path)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    files = index["weight_map"]
+
+    def rewrite(name, change):  # the file that holds `name`
+        path = tmp_path / files[name]
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    rewrite("norm.weight", lambda t: t.update({"norm.weight": torch.ones(19)}))
+    rewrite("blocks.1.attention.sinks", lambda t: t.pop("blocks.1.attention.sinks"))  # listed, and not in its file
+    truncated = files["blocks.2.mlp.gate_up_weight"]
+    (tmp_path / truncated).write_bytes((tmp_path / truncated).read_bytes()[:-100])
+    lost = files["blocks.0.mlp.gate_up_weight"]
+    (tmp_path / lost).unlink()
+    files["blocks.9.extra"] = files.pop("blocks.1.mlp.router.bias")
+    assert len({truncated, lost, files["norm.weight"], files["blocks.1.attention.sinks"]}) == 4
+    write(tmp_path / "model.safetensors.index.json", index)
+    with pytest.raises(ValueError) as error:
+        GPTOSS.from_checkpoint(tmp_path, dtype=torch.float32)
+    for problem in (
+        "missing: blocks.1.mlp.router.bias",
+        "unknown: blocks.9.extra",
+        r"norm.weight has shape \(19,\).*\(20,\)",
+        f"{files['blocks.1.attention.sinks']}.*blocks.1.attention.sinks",
+        f"{truncated} is unreadable",
+        f"{lost} is unreadable",
+    ):
+        error.match(problem)
+
+
+@pytest.mark.parametrize("damage", ["unlisted", "truncated", "lost"])
+def test_load_weights_says_so_when_the_norm_is_what_does_not_fit(damage, tmp_path):
+    """from_checkpoint looks at this tensor first, for the dtype."""
+    noise_(GPTOSS(tiny_config())).save_checkpoint(tmp_path)
+    path = tmp_path / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    file = tmp_path / index["weight_map"]["norm.weight"]
+    if damage == "unlisted":
+        del index["weight_map"]["norm.weight"]
+        write(path, index)
+    elif damage == "truncated":
+        file.write_bytes(file.read_bytes()[:-100])
+    else:
+        file.unlink()
+    with pytest.raises(ValueError, match="missing: norm.weight" if damage == "unlisted" else file.name):
+        GPTOSS.from_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        {"weight_map": {"norm.weight": "../elsewhere.safetensors"}},
+        {"weight_map": {"norm.weight": "/etc/passwd"}},
+        {"weight_map": {"norm.weight": 3}},
+        {"weight_map": ["norm.weight"]},
+        {},
+        [],
+    ],
+)
+def test_wrong_index(index, tmp_path):
+    tiny_config().to_json(tmp_path / "config.json")
+    write(tmp_path / "model.safetensors.index.json", index)
+    with pytest.raises(ValueError, match="index.json: not a readable index"):
+        GPTOSS.from_checkpoint(tmp_path)
+
+
+def test_checkpoint_folder_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match="config.json: not a readable"):
+        GPTOSS.from_checkpoint(tmp_path / "absent")
+
+
+def test_parameter_names():
+    """They are a contract: the names of the checkpoint files."""
+    with torch.device("meta"):
+        model = GPTOSS(tiny_config(num_hidden_layers=1))
+    assert {name: tuple(parameter.shape) for name, parameter in model.named_parameters()} == {
+        "embedding.weight": (61, 20),
+        "blocks.0.attention_norm.weight": (20,),
+        "blocks.0.attention.sinks": (6,),
+        "blocks.0.attention.qkv.weight": (96, 20),
+        "blocks.0.attention.qkv.bias": (96,),
+        "blocks.0.attention.out.weight": (20, 48),
+        "blocks.0.attention.out.bias": (20,),
+        "blocks.0.mlp_norm.weight": (20,),
+        "blocks.0.mlp.router.weight": (5, 20),
+        "blocks.0.mlp.router.bias": (5,),
+        "blocks.0.mlp.gate_up_weight": (5, 20, 24),
+        "blocks.0.mlp.gate_up_bias": (5, 24),
+        "blocks.0.mlp.down_weight": (5, 12, 20),
+        "blocks.0.mlp.down_bias": (5, 20),
+        "norm.weight": (20,),
+        "unembedding.weight": (61, 20),
+    }

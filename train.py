@@ -1,0 +1,504 @@
+"""Train GPT-OSS: FSDP2 over all ranks, Ulysses over groups of them, in one flat script.
+
+    torchrun --nproc_per_node 2 train.py configs/tiny.py                    # a laptop: about a minute, no download
+    torchrun --nproc_per_node 8 train.py configs/gptoss_64k.py --lr=1e-5    # the real thing; options follow as --name=value
+    python train.py configs/tiny.py --sp=1                                  # one device
+    python train.py --help                                                  # every option
+
+A config file is Python that assigns options, `seq_len = 64 * 1024`; it is code, so run only those you trust.
+A run lives in runs/NAME: config.json, metrics.jsonl, loss.png, states/ to resume from, model/ the trained weights.
+
+Batches depend on the step alone, never on the number of ranks: the same run on 1, 2 or 8 ranks, at any sp, sees the same
+tokens in the same order, and a resumed run goes on as if it had never stopped.
+"""
+
+import os
+
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read when torch is imported; fewer holes in memory
+
+import dataclasses
+import difflib
+import json
+import math
+import runpy
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+import sp
+from checkpoint import States, load_weights
+from data import TokenData
+from model import GPTOSS, IGNORED, GPTOSSConfig
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Options
+
+
+def option(default, meaning):
+    return field(default=default, metadata={"meaning": meaning})
+
+
+@dataclass
+class Options(GPTOSSConfig):
+    """Everything that can be set. The sizes of a model that starts from random weights are GPTOSSConfig's fields."""
+
+    name: str = option("", "the run: its files go to runs/NAME; empty: the config file's name")
+    resume: bool = option(False, "go on from the run's newest saved state, if it has one")
+    seed: int = option(0, "of the random weights and the order of the data")
+    checkpoint: str = option("", "weights folder to start from, as convert_hf.py makes it; empty: random weights")
+    # data
+    data: str = option("pydoc", "token folder made by data.py, or a built-in corpus")
+    eval_data: str = option("", "the same, held out")
+    seq_len: int = option(1024, "tokens of a row")
+    batch_size: int = option(8, "rows of a step, over all ranks")
+    micro_batch: int = option(1, "rows that pass a rank's model at a time")
+    long_documents: str = option("cut", "documents longer than a row: cut into rows, or drop")
+    # optimization
+    steps: int = option(100, "updates")
+    lr: float = option(1e-5, "highest learning rate")
+    final_lr: float = option(0.1, "the last learning rate, as a share of the highest")
+    warmup_steps: int = option(10, "steps over which the learning rate rises; then it falls as a cosine")
+    weight_decay: float = option(0.0, "of matrices; norms, biases and sinks are left alone")
+    beta1: float = option(0.9, "Adam's memory of the gradient")
+    beta2: float = option(0.95, "Adam's memory of its square")
+    grad_clip: float = option(1.0, "largest norm of the gradient; 0: no limit")
+    bad_steps: int = option(5, "stop after so many updates in a row were skipped because a number was not finite")
+    # parallelism and memory
+    sp: int = option(1, "ranks that share each sequence")
+    replicas: int = option(1, "copies of the sharded model, one a node for example (HSDP)")
+    dtype: str = option("auto", "of the computation: bfloat16, float32, or auto: bfloat16 on a GPU; weights are kept in fp32")
+    recompute: str = option("all", "activations made again in the backward: none, all, or all but the output of attention")
+    # evaluation, saving, output
+    eval_every: int = option(0, "steps between evaluations, the last step always; 0: never")
+    eval_rows: int = option(32, "rows of an evaluation")
+    save_every: int = option(0, "steps between saved states; 0: only when the run ends or is told to")
+    keep: int = option(2, "saved states that stay")
+    log_every: int = option(1, "steps between log lines")
+    sample: str = option("", "prompt to continue when the run has ended")
+    sample_tokens: int = option(200, "tokens of that sample")
+    wandb: bool = option(False, "mirror the metrics to Weights & Biases")
+    deterministic: bool = option(False, "bitwise the same on every run, and slower")
+    timeout: int = option(600, "seconds after which ranks give up waiting for each other")
+
+    def __post_init__(self):
+        super().__post_init__()
+        choices = {
+            "long_documents": ("cut", "drop"),
+            "dtype": ("auto", "bfloat16", "float32"),
+            "recompute": ("none", "all", "attention"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")
+        for name in ("seq_len", "batch_size", "micro_batch", "steps", "lr", "sp", "replicas", "keep", "log_every", "timeout"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be positive")
+        for name in ("final_lr", "warmup_steps", "weight_decay", "beta1", "beta2", "grad_clip", "eval_every", "save_every"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)!r} must not be negative or infinite")
+
+
+def parse(arguments):
+    """Options from a config file and --name=value, in that order. ValueError names what is wrong and what is near it."""
+    meanings = {f.name: f for f in dataclasses.fields(Options)}
+    if "--help" in arguments or "-h" in arguments:
+        print(__doc__.split("\n\n")[1] + "\n")
+        for f in meanings.values():
+            print(f"  --{f.name}={f.default}".ljust(36) + f.metadata.get("meaning", "a size of the model, see GPTOSSConfig"))
+        raise SystemExit
+    given, files = {"name": "run"}, [a for a in arguments if not a.startswith("--")]
+    if len(files) > 1:
+        raise ValueError(f"one config file, not {len(files)}: {' '.join(files)}; options are written --name=value")
+    for path in files:
+        if not Path(path).is_file():
+            raise ValueError(f"config file {path} does not exist; those that come with the project are in configs/")
+        given["name"] = Path(path).stem
+        given |= {k: v for k, v in runpy.run_path(path).items() if not k.startswith("_") and not isinstance(v, type(os))}
+    for argument in arguments:
+        if argument.startswith("--"):
+            name, equals, value = argument[2:].partition("=")
+            if not equals:
+                raise ValueError(f"{argument}: write --name=value")
+            given[name] = read_value(name, value, meanings[name].type) if name in meanings else value
+    for name, value in given.items():
+        if name not in meanings:
+            near = difflib.get_close_matches(name, meanings, 1)
+            raise ValueError(f"there is no option {name}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+        wanted = meanings[name].type
+        if type(value) is not wanted and not (wanted is float and type(value) is int):
+            raise ValueError(f"{name}={value!r} must be of type {wanted.__name__}, not {type(value).__name__}")
+    return Options(**given)
+
+
+def read_value(name, text, kind):
+    try:
+        return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+    except (ValueError, KeyError):
+        raise ValueError(f"--{name}={text}: expected {'true or false' if kind is bool else kind.__name__}") from None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Ranks, model, optimizer
+
+
+def start_ranks(options):
+    """The process group, also for one rank. Returns the device, and the mesh over which FSDP shards: (replicas, ranks of
+    one copy of the model), neighbours together."""
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    single = {} if "RANK" in os.environ else {"rank": 0, "world_size": 1, "store": dist.HashStore()}
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    dist.init_process_group(
+        "nccl" if cuda else "gloo", timeout=timedelta(seconds=options.timeout), device_id=device if cuda else None, **single
+    )
+    ranks = dist.get_world_size()
+    if ranks % options.sp or ranks % options.replicas or ranks // options.replicas % options.sp:
+        raise ValueError(f"sp={options.sp} times replicas={options.replicas} must divide the number of ranks, {ranks}")
+    rows = ranks // options.sp * options.micro_batch
+    if options.batch_size % rows:
+        raise ValueError(
+            f"batch_size={options.batch_size} must be a multiple of {rows} = {ranks} ranks / sp {options.sp} x micro_batch"
+        )
+    if options.seq_len % options.sp:
+        raise ValueError(f"sp={options.sp} must divide seq_len={options.seq_len}")
+    sp.init(init_device_mesh(device.type, (ranks // options.sp, options.sp), mesh_dim_names=("batch", "sp"))["sp"])
+    return device, init_device_mesh(device.type, (options.replicas, ranks // options.replicas), mesh_dim_names=("replica", "shard"))
+
+
+def build_model(options, config, device, mesh, dtype):
+    """The model: built without memory, sharded, given memory, filled; no rank ever holds all of it."""
+    with torch.device("meta"):
+        model = GPTOSS(config, options.recompute)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)  # rotary tables: fp32
+    mesh = mesh if options.replicas > 1 else mesh["shard"]
+    for module in [*model.blocks, model]:
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+        module.set_gradient_divide_factor(1.0)  # the loss is divided by the global count of targets: gradients just add up
+        module.set_force_sum_reduction_for_comms(True)
+    model.to_empty(device=device)
+    if options.checkpoint:
+        load_weights(model, options.checkpoint)
+    else:
+        model.init_weights(options.seed)
+    return model
+
+
+def model_config(options):
+    sizes = {f.name: getattr(options, f.name) for f in dataclasses.fields(GPTOSSConfig)}
+    if not options.checkpoint:
+        return GPTOSSConfig(**sizes)
+    if sizes != dataclasses.asdict(GPTOSSConfig()):
+        raise ValueError(f"checkpoint={options.checkpoint} brings its own sizes: leave those of the model alone")
+    return GPTOSSConfig.from_json(Path(options.checkpoint) / "config.json")
+
+
+def build_optimizer(options, model):
+    matrix = {n: n.endswith("weight") and not n.endswith("norm.weight") for n, _ in model.named_parameters()}
+    groups = [
+        {"params": [p for n, p in model.named_parameters() if matrix[n]], "weight_decay": options.weight_decay},
+        {"params": [p for n, p in model.named_parameters() if not matrix[n]], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(options.beta1, options.beta2), fused=True)
+    for p in model.parameters():  # now, not at the first step, so that a saved state has somewhere to go
+        optimizer.state[p] = {
+            "step": torch.zeros((), device=p.device),
+            "exp_avg": torch.zeros_like(p),
+            "exp_avg_sq": torch.zeros_like(p),
+        }
+    return optimizer
+
+
+def training_state(model, optimizer):
+    """{name: DTensor} of all that a resumed run needs."""
+    tensors = {}
+    for name, p in model.named_parameters():
+        tensors[name] = p.detach()
+        tensors |= {f"{key}.{name}": optimizer.state[p][key] for key in ("exp_avg", "exp_avg_sq")}
+    return tensors
+
+
+def learning_rate(options, step):
+    """Linear warm-up, then half a cosine down to final_lr of the highest."""
+    if step < options.warmup_steps:
+        return options.lr * (step + 1) / options.warmup_steps
+    done = (step - options.warmup_steps) / max(1, options.steps - options.warmup_steps)
+    return options.lr * (options.final_lr + (1 - options.final_lr) * (1 + math.cos(math.pi * done)) / 2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Batches and losses
+
+
+def my_rows(options, first, number):
+    """The part of rows [first, first + number) that this rank's sequence-parallel group computes, a range a micro-batch."""
+    groups = dist.get_world_size() // options.sp
+    for start in range(first, first + number, groups * options.micro_batch):
+        mine = start + dist.get_rank() // options.sp * options.micro_batch
+        yield range(mine, mine + options.micro_batch)
+
+
+def to_model(batch, device):
+    """This rank's slice of whole rows: tokens, targets, and documents, or None where no row has a second one, because a
+    plain causal mask has the fastest kernel."""
+    tokens, targets, documents = batch
+    return [x if x is None else x.to(device) for x in sp.shard(tokens, targets, documents if documents.any() else None)]
+
+
+def all_sum(*numbers, device):
+    """Each number summed over all ranks."""
+    total = torch.stack([torch.as_tensor(n, dtype=torch.float64, device=device) for n in numbers])
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+@torch.no_grad()
+def evaluate(options, model, data, device):
+    """Mean loss over the first eval_rows rows of `data`, all ranks together. Does not depend on the number of ranks."""
+    rows = dist.get_world_size() // options.sp * options.micro_batch
+    loss = count = 0
+    for mine in my_rows(options, 0, math.ceil(options.eval_rows / rows) * rows):
+        tokens, targets, documents = data.rows(mine)
+        targets[[i >= options.eval_rows for i in mine]] = IGNORED  # every rank runs as often as the others
+        count += (targets != IGNORED).sum() / options.sp
+        loss += model(*to_model((tokens, targets, documents), device), count=torch.ones((), device=device))
+    loss, count = all_sum(loss, count, device=device)
+    return loss / max(count, 1)
+
+
+def take_expert_load(model):
+    """How much more the busiest expert had to do than the average one, mean over layers, since this was last asked."""
+    load = torch.stack([block.mlp.load for block in model.blocks]).double()  # (layers, E)
+    dist.all_reduce(load)
+    for block in model.blocks:
+        block.mlp.load = 0
+    return (load.amax(1) / load.mean(1)).mean().item()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Output
+
+
+PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}  # dense bf16 FLOP/s, from NVIDIA's data sheets
+
+
+def peak_flops(device):
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((flops for gpu, flops in PEAK.items() if gpu in name), None)
+
+
+class Log:
+    """A line a step on the terminal, and as one JSON object in runs/NAME/metrics.jsonl. The first rank's business."""
+
+    def __init__(self, options, folder):
+        self.writes, self.file, self.wandb = dist.get_rank() == 0, folder / "metrics.jsonl", None
+        if self.writes and options.wandb:
+            try:
+                import wandb
+            except ImportError:
+                raise ValueError("wandb=True: install it with `pip install wandb`, or leave the option out") from None
+            self.wandb = wandb.init(project="nano-gpt-oss", name=options.name, config=dataclasses.asdict(options))
+
+    def say(self, text):
+        if self.writes:
+            print(text, flush=True)
+
+    def metrics(self, values):
+        if self.writes:
+            with open(self.file, "a") as file:
+                file.write(json.dumps(values) + "\n")
+        if self.wandb:
+            self.wandb.log(values, step=values["step"])
+
+    def plot(self):
+        """Draw loss.png if matplotlib is installed."""
+        try:
+            import matplotlib
+
+            matplotlib.use("agg")
+            from matplotlib import pyplot
+        except ImportError:
+            return
+        rows = [json.loads(line) for line in self.file.read_text().splitlines()]
+        figure, axes = pyplot.subplots(figsize=(7, 4))
+        for key, label in (("loss", "training"), ("eval_loss", "held out")):
+            if points := [(r["step"], r[key]) for r in rows if key in r]:
+                axes.plot(*zip(*points), label=label, marker="o" if key == "eval_loss" else None)
+        axes.set(xlabel="step", ylabel="loss (nats per token)")
+        axes.legend()
+        figure.savefig(self.file.with_name("loss.png"), dpi=120, bbox_inches="tight")
+
+
+class Stop:
+    """Set by SIGTERM and SIGUSR1, which schedulers send, and by Ctrl-C: finish the step, save, leave. A second Ctrl-C at once."""
+
+    def __init__(self):
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self.ask)
+
+    def ask(self, number, frame):
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+def format_line(v):
+    """A step's metrics as a line."""
+    parts = [f"step {v['step']}", f"loss {v['loss']:.4f}", f"norm {v['grad_norm']:.3f}", f"lr {v['lr']:.2e}", f"{v['ms']:.0f} ms"]
+    parts.append(f"{v['tokens_per_s']:,.0f} tok/s ({v['tokens_per_s_per_rank']:,.0f} a rank)")
+    if "mfu" in v:
+        parts.append(f"mfu {v['mfu']:.1%}")
+    if "peak_gib" in v:
+        parts.append(f"{v['peak_gib']:.1f} GiB")
+    parts += [f"load {v['expert_load']:.2f}", f"eta {timedelta(seconds=round(v['eta_s']))}"]
+    return " | ".join(parts)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def train(options):
+    if options.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # or FlexAttention would fall back to S x S in silence
+    device, mesh = start_ranks(options)
+    stop, folder, first = Stop(), Path("runs") / options.name, dist.get_rank() == 0
+    if (folder / "config.json").exists() and not options.resume:
+        raise ValueError(f"{folder} already holds a run: --resume=true goes on with it, --name=... starts another")
+
+    # data, model, optimizer
+    config = model_config(options)
+    order = {"seed": options.seed, "long_documents": options.long_documents, "vocab_size": config.vocab_size}
+    data = TokenData(options.data, options.seq_len, **order)
+    held_out = TokenData(options.eval_data, options.seq_len, **order) if options.eval_data else None
+    automatic = "bfloat16" if device.type == "cuda" else "float32"
+    dtype = getattr(torch, automatic if options.dtype == "auto" else options.dtype)
+    model = build_model(options, config, device, mesh, dtype)
+    optimizer = build_optimizer(options, model)
+
+    # where to begin
+    states, tensors = States(folder / "states", options.keep), training_state(model, optimizer)
+    identity = dataclasses.asdict(config) | {n: getattr(options, n) for n in ("data", "seed", "seq_len", "batch_size", "long_documents")}
+    saved = (options.resume and states.restore(tensors)) or {"step": 0, "updates": 0, "identity": identity}
+    if saved["identity"] != identity:
+        changed = [f"{k} was {v!r} and is {identity.get(k)!r}" for k, v in saved["identity"].items() if identity.get(k) != v]
+        raise ValueError(f"{folder} cannot go on with other settings: {', '.join(changed)}")
+    step, updates, skipped = saved["step"], saved["updates"], 0
+    for state in optimizer.state.values():
+        state["step"].fill_(updates)
+    if first:
+        folder.mkdir(parents=True, exist_ok=True)
+        settings = dataclasses.asdict(options) | {"tokenizer": data.tokenizer}
+        (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    log = Log(options, folder)
+
+    ranks, tokens_a_step = dist.get_world_size(), options.batch_size * options.seq_len
+    groups, flops, peak = ranks // options.sp, config.flops_per_token(options.seq_len), peak_flops(device)
+    log.say(f"{sum(p.numel() for p in model.parameters()):,} parameters kept in float32, computed in {str(dtype)[6:]}")
+    log.say(
+        f"{tokens_a_step:,} tokens a step = {options.batch_size // groups // options.micro_batch} micro-batches of {groups} groups x "
+        f"{options.micro_batch} rows x {options.seq_len:,} tokens; a group is {options.sp} of {ranks} {device.type} ranks"
+    )
+    log.say(data.describe())
+    if step:
+        log.say(f"goes on after step {step - 1}")
+
+    while step < options.steps:
+        # the gradient of the mean over all counted targets of the step, whichever rank and micro-batch they are in
+        start = time.perf_counter()
+        batches = [data.rows(mine) for mine in my_rows(options, step * options.batch_size, options.batch_size)]
+        (count,) = all_sum(sum((targets != IGNORED).sum() for _, targets, _ in batches) / options.sp, device=device)
+        loss, count = 0, torch.tensor(count, device=device)
+        for batch in batches:
+            share = model(*to_model(batch, device), count=count)
+            share.backward()
+            loss += share.detach()
+        loss, asked_to_stop = all_sum(loss, stop.asked, device=device)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.grad_clip or math.inf).full_tensor().item()
+
+        # the update
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(options, step)
+        if math.isfinite(loss) and math.isfinite(norm):
+            optimizer.step()
+            updates, skipped = updates + 1, 0
+        else:
+            skipped += 1
+            log.say(f"step {step}: loss {loss}, gradient norm {norm}: update skipped, {skipped} in a row")
+            if skipped == options.bad_steps:
+                raise FloatingPointError(describe_bad_step(model, step, options))
+        optimizer.zero_grad()
+
+        # a line, and now and then a saved state and an evaluation
+        seconds, load = time.perf_counter() - start, take_expert_load(model)
+        values = {"step": step, "loss": loss, "grad_norm": norm, "lr": learning_rate(options, step), "ms": seconds * 1000}
+        values |= {"tokens_per_s": tokens_a_step / seconds, "tokens_per_s_per_rank": tokens_a_step / seconds / ranks}
+        values |= {"expert_load": load, "eta_s": seconds * (options.steps - step - 1)}
+        if peak:
+            values["mfu"] = flops * values["tokens_per_s_per_rank"] / peak
+        if device.type == "cuda":
+            values["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        step += 1
+        last = step == options.steps or asked_to_stop > 0
+        if step % options.log_every == 0 or last:
+            log.say(format_line(values))
+        if (options.save_every and (step % options.save_every == 0 or last)) or asked_to_stop:
+            stall = states.save(step, tensors, {"step": step, "updates": updates, "identity": identity})
+            log.say(f"saving the state after step {step - 1}, stalled {stall:.2f} s")
+        if held_out and options.eval_every and (step % options.eval_every == 0 or last):
+            values["eval_loss"] = evaluate(options, model, held_out, device)
+            log.say(f"step {step - 1} | held out {values['eval_loss']:.4f}")
+        log.metrics(values)
+        if asked_to_stop:
+            break
+
+    # what remains
+    states.wait()
+    log.plot()
+    if step < options.steps:
+        log.say(f"asked to stop: --resume=true goes on after step {step - 1}")
+    else:
+        model.save_checkpoint(folder / "model", dtype)
+        log.say(f"weights are in {folder / 'model'}")
+        if options.sample and first:
+            write_sample(options, folder / "model", data.tokenizer, device)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def describe_bad_step(model, step, options):
+    """Which batch and which parameters have the numbers that are not finite, for the one who looks for the cause."""
+    norms = {name: p.grad.norm().full_tensor().item() for name, p in model.named_parameters() if p.grad is not None}
+    worst = sorted(norms.items(), key=lambda item: -item[1] if math.isfinite(item[1]) else -math.inf)[:5]
+    rows = f"rows {step * options.batch_size} to {(step + 1) * options.batch_size - 1} of {options.data}"
+    return f"{options.bad_steps} updates in a row were not finite; step {step}, {rows}; largest gradients: " + ", ".join(
+        f"{name} {norm:.3g}" for name, norm in worst
+    )
+
+
+def write_sample(options, folder, tokenizer, device):
+    from sample import generate  # noqa: PLC0415
+
+    sp.init(None)  # this rank alone
+    model = GPTOSS.from_checkpoint(folder, device)
+    ...
+
+
+if __name__ == "__main__":
+    try:
+        train(parse(sys.argv[1:]))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
