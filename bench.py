@@ -23,6 +23,7 @@ import copy
 import datetime
 import functools
 import gc
+import importlib.metadata
 import json
 import math
 import os
@@ -425,7 +426,9 @@ def rows_section(config, options, results, write):
     release()
     if options.against:
         theirs = build_theirs(config)
-        say_row_header("transformers: flex attention, grouped_mm experts, gradient checkpointing")
+        version, attention = importlib.metadata.version("transformers"), theirs.config._attn_implementation
+        results["machine"]["transformers"] = version
+        say_row_header(f"transformers {version}: {attention}, grouped_mm experts, gradient checkpointing")
         run("transformers", theirs, "all")
 
 
@@ -453,14 +456,15 @@ def label_rooms(model, choose_attention):
         block.mlp.forward = in_room(EXPERTS, block.mlp.forward)
         for projection in block.attention.qkv, block.attention.out:
             projection.forward = in_room(PROJECTIONS, projection.forward)
-    gptoss.choose_attention = lambda *args: in_room(ATTENTION, choose_attention(*args))
+    gptoss.choose_attention = lambda *args, **kwargs: in_room(ATTENTION, choose_attention(*args, **kwargs))
 
 
 def time_by_room(events):
     """({room: ms}, [(kernel, ms, count)]) of the profiler's events: of the GPU's kernels, or on a CPU of the operations."""
     # (thread, sequence number) -> the forward operation that made this node of the backward graph. Events of the backward
     # name the thread of their forward. Of several operations with one number the last made the node, and stays.
-    forward = {(e.thread, e.sequence_nr): e for e in sorted(events, key=lambda e: e.time_range.start) if not e.fwd_thread}
+    numbered = sorted((e for e in events if e.sequence_nr >= 0 and not e.fwd_thread), key=lambda e: e.time_range.start)
+    forward = {(e.thread, e.sequence_nr): e for e in numbered}
     annotations = {e.name for e in events if getattr(e, "is_user_annotation", False)}  # on the GPU they span kernels
 
     def room(event):
@@ -468,7 +472,8 @@ def time_by_room(events):
             if event.name.startswith(ROOM) or event.name == "CrossEntropy":
                 return LOSS if event.name == "CrossEntropy" else event.name
             undone = forward.get((event.fwd_thread, event.sequence_nr)) if event.fwd_thread else None
-            event = undone or event.cpu_parent
+            earlier = undone is not None and undone.time_range.start < event.time_range.start  # surely, or this may not end
+            event = undone if earlier else event.cpu_parent
         return REST
 
     rooms, kernels = defaultdict(float), defaultdict(lambda: [0.0, 0])
@@ -535,6 +540,7 @@ def relative_errors(measured, truth):
 
 def outputs(model, logits_of, loss_of, tokens):
     """{"logits" or parameter name: logits or gradient} of a model."""
+    torch._dynamo.reset()  # two dtypes, with gradient and without: together they could pass the recompile limit
     model.zero_grad(set_to_none=True)
     with torch.no_grad():
         logits = logits_of(model, tokens)

@@ -83,7 +83,7 @@ def quantize_mxfp4(weight):
     if not largest.isfinite().all():
         raise ValueError("MXFP4 cannot hold infinite values or NaN: this checkpoint is broken, export an earlier one")
     exponent = torch.frexp(largest).exponent - 1  # floor(log2), and exact, which log2 is not
-    scales = torch.where(largest > 0, exponent - 2 + 127, 0).clamp(0, 254).to(torch.uint8)
+    scales = torch.where(largest > 0, exponent - 2 + 127, 0).clamp(min=0).to(torch.uint8)
     magnitudes *= look_up(POWERS, 254 - scales).unsqueeze(-1)
     codes = torch.bucketize(magnitudes, THRESHOLDS.to(DEVICE), out_int32=True).to(torch.uint8)
     codes += groups.signbit().to(torch.uint8) * 8  # signbit: minus zero has a code of its own
@@ -456,12 +456,14 @@ def hf_config(config, dtype, mxfp4, kept):
 def export_checkpoint(run, out, mxfp4=False, dtype=None, companions=None):
     """Write the checkpoint folder or training run `run` for transformers and vLLM. dtype None: each tensor's own.
 
-    companions: a folder with the tokenizer, if `run` has none."""
+    companions: a folder with the tokenizer, if `run` has none or another one."""
     refuse_occupied(out)
+    if companions and not companions.is_dir():
+        raise FileNotFoundError(f"--tokenizer {companions}: no such folder")
     folder = run / "model" if (run / "model").is_dir() else run
     config = GPTOSSConfig.from_json(folder / "config.json")
     places, problems = read_places(folder)
-    if "embedding.weight" not in places or "block.0.attn.sinks" in places:
+    if not any(name.startswith("blocks.") for name in places):
         raise ValueError(f"{folder} is no checkpoint of ours: import it first")
     pairs = counterparts(config, HUGGING_FACE, mxfp4)
     check(folder, places, problems, {pair.name: pair.shape for pair in pairs})
@@ -486,9 +488,9 @@ def export_checkpoint(run, out, mxfp4=False, dtype=None, companions=None):
         kept = json.loads((folder / KEPT).read_text()) if (folder / KEPT).exists() else {}
         given = hf_config(config, stored["norm.weight"], mxfp4, kept)
         (partial / "config.json").write_text(json.dumps(given, indent=2) + "\n")
-        for source in companions, folder:
-            if source:
-                copy_companions(source, partial)
+        copy_companions(folder, partial)
+        if companions:
+            copy_companions(companions, partial)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

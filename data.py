@@ -28,7 +28,6 @@ import signal
 import tempfile
 from collections import defaultdict
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import tiktoken
@@ -99,7 +98,7 @@ def get_tokenizer(name):
 # Chat
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-MESSAGE_KEYS = {"role", "content", "name", "channel", "recipient", "content_type"}
+KEYS = ("role", "content", "name", "channel", "recipient", "content_type")  # of a message
 START = 200_006  # <|start|>
 
 
@@ -107,27 +106,23 @@ def harmony_messages(messages):
     """A chat as most files hold it -> the messages that harmony would have, as dicts.
 
     A text as system prompt becomes harmony's developer message; an assistant's "thinking" becomes a message of its own on
-    the analysis channel; an answer without a channel is final. Messages that are harmony's already (channel, recipient,
-    content_type; content as a list of its parts) pass as they are."""
-    if not isinstance(messages, list) or not messages:
-        raise ValueError('"messages" must be a list with at least one message')
+    the analysis channel; an answer without a channel is final. Messages that are harmony's already pass as they are."""
+    if not isinstance(messages, list):
+        raise ValueError('"messages" must be a list')
     normal = []
     for message in messages:
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             raise ValueError(f"a message needs a role out of {', '.join(ROLES)}, not {str(message)[:80]!r}")
         message = {key: value for key, value in message.items() if value is not None}
-        role = message["role"]
-        thinking = message.pop("thinking", None) if role == "assistant" else None
-        if unknown := message.keys() - MESSAGE_KEYS:
-            raise ValueError(f"{role} message has {sorted(unknown)}, which harmony does not: {sorted(MESSAGE_KEYS)}")
-        if not isinstance(message.get("content"), (str, list)):
-            raise ValueError(f'{role} message needs "content", a text')
-        if thinking is not None:
-            normal.append({"role": role, "channel": "analysis", "content": thinking})
+        role, content = message["role"], message.get("content")
+        if role == "assistant" and "thinking" in message:
+            normal.append({"role": role, "channel": "analysis", "content": message.pop("thinking")})
         if role == "assistant":
             message.setdefault("channel", "commentary" if "recipient" in message else "final")
-        if role == "system" and isinstance(message["content"], str):
+        if role == "system" and isinstance(content, str):
             message["role"] = "developer"
+        if not isinstance(content, (str, list)) or not message.keys() <= set(KEYS):
+            raise ValueError(f"{role} message has {sorted(message)}: it needs content, and may have {', '.join(KEYS)}")
         normal.append(message)
     if not any(message["role"] == "assistant" for message in normal):
         raise ValueError("no message of the assistant: there is nothing to learn")
@@ -148,37 +143,29 @@ def load_harmony():
     return openai_harmony, openai_harmony.load_harmony_encoding("HarmonyGptOss")
 
 
-def harmony_conversation(messages):
-    """The package's object for `messages`, below the standard system message if they bring none of their own."""
-    package, _ = load_harmony()
-    if messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": [{"type": "system_content"}]}, *messages]
-    given = []
-    for message in messages:
-        if message["role"] == "developer" and isinstance(message["content"], str):
-            message = {**message, "content": [{"type": "developer_content", "instructions": message["content"]}]}
-        given.append(package.Message.from_dict(message))
-    return package.Conversation.from_messages(given)
-
-
 def render_harmony(messages):
     """[(role, opening, middle, closing)] of each message: <|start|>assistant, what it says, <|end|> or another; as tokens."""
     package, harmony = load_harmony()
+    if messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": [{"type": "system_content"}]}, *messages]  # the standard one
+    for message in messages:
+        if message["role"] == "developer" and isinstance(message["content"], str):
+            message["content"] = [{"type": "developer_content", "instructions": message["content"]}]
     # The reasoning of earlier turns, which a running chat forgets, is kept: without it their answers would be trained as if
     # no thought had led to them.
     keep_reasoning = package.RenderConversationConfig(auto_drop_analysis=False)
     try:
-        chat = harmony_conversation(messages)
+        chat = package.Conversation.from_messages([package.Message.from_dict(message) for message in messages])
         tokens = np.array(harmony.render_conversation_for_training(chat, keep_reasoning))
     except Exception as error:  # pydantic's, Rust's and plain ones
         raise ValueError(f"harmony cannot render the chat: {' '.join(str(error).split())}") from error
     parts = np.split(tokens, np.flatnonzero(tokens == START)[1:])  # text cannot hold a special token
-    return [(m.author.role, part[:2], part[2:-1], part[-1:]) for m, part in zip(chat.messages, parts)]
+    return [(message["role"], part[:2], part[2:-1], part[-1:]) for message, part in zip(messages, parts)]
 
 
 def render_bytes(messages):
-    """The same for byte models: <|start|> becomes nine bytes, which text can forge. No standard system message: it alone would
-    fill their short contexts."""
+    """The same for byte models: <|start|> becomes nine bytes, which text can forge. There is no standard system message, which
+    alone would fill their short contexts."""
     rendered = []
     for place, message in enumerate(messages, 1):
         role, content, channel = message["role"], message["content"], message.get("channel")
@@ -216,15 +203,6 @@ def render_chat(messages, tokenizer):
     return np.concatenate(tokens).astype(np.uint32), np.concatenate(counted)
 
 
-def chat_prompt(text, tokenizer):
-    """The tokens of a chat that begins with the user's `text`, up to where the assistant's answer goes on."""
-    if tokenizer.name == ByteTokenizer.name:
-        return tokenizer.encode(f"<|start|>user<|message|>{text}<|end|><|start|>assistant")
-    package, harmony = load_harmony()
-    chat = harmony_conversation([{"role": "user", "content": text}])
-    return harmony.render_conversation_for_completion(chat, package.Role.ASSISTANT)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Writing a corpus
 
@@ -237,44 +215,30 @@ def encode_text(text, tokenizer):
     return tokens, np.ones(len(tokens), bool)
 
 
-def encode_line(line, tokenizer):
+def encode_document(document, tokenizer_name):
+    """(file, line number or None, bytes) -> tokens (uint32), counted (bool), number of bytes."""
+    path, number, content = document
+    tokenizer, where = get_tokenizer(tokenizer_name), path if number is None else f"{path}:{number}"
     try:
-        record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"not JSON: {error}") from error
-    if not isinstance(record, dict) or ("text" in record) == ("messages" in record):
-        raise ValueError('needs a JSON object with either "text" or "messages"')
-    return encode_text(record["text"], tokenizer) if "text" in record else render_chat(record["messages"], tokenizer)
+        text = content.decode("utf-8-sig")  # a byte order mark is no part of the text
+        record = {"text": text} if number is None else json.loads(text)
+        if not isinstance(record, dict) or ("text" in record) == ("messages" in record):
+            raise ValueError('needs a JSON object with either "text" or "messages"')
+        encoded = encode_text(record["text"], tokenizer) if "text" in record else render_chat(record["messages"], tokenizer)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
+    except (ValueError, RecursionError) as error:  # Unicode errors are ValueErrors
+        raise ValueError(f"{where}: {error}") from error
+    return *encoded, len(content)
 
 
-def encode_batch(batch, tokenizer_name):
-    """[(file, line number or None, bytes)] -> tokens (uint32), counted (bool), each document's length, bytes read."""
-    tokenizer, documents = get_tokenizer(tokenizer_name), []
-    for path, number, content in batch:
-        try:
-            text = content.decode("utf-8-sig")  # a byte order mark is no part of the text
-            documents.append(encode_text(text, tokenizer) if number is None else encode_line(text, tokenizer))
-        except ValueError as error:  # Unicode errors are ValueErrors
-            raise ValueError(f"{path if number is None else f'{path}:{number}'}: {error}") from error
-    tokens, counted = map(np.concatenate, zip(*documents))
-    return tokens, counted, [len(document) for document, _ in documents], sum(len(content) for _, _, content in batch)
-
-
-def read_batches(paths, batch_bytes=1 << 20):
-    """Documents in order, about batch_bytes a batch: one trip to a worker is then worth its cost."""
-    batch, size = [], 0
+def read_documents(paths):
     for path in paths:
         with open(path, "rb") as file:
-            lines = [(None, file.read())] if path.lower().endswith(".txt") else enumerate(file, start=1)
-            for number, content in lines:
-                if number is None or content.strip():  # blank lines are no documents
-                    batch.append((path, number, content))
-                    size += len(content)
-                if size >= batch_bytes:
-                    yield batch
-                    batch, size = [], 0
-    if batch:
-        yield batch
+            if path.lower().endswith(".txt"):
+                yield path, None, file.read()
+            else:
+                yield from ((path, number, line) for number, line in enumerate(file, start=1) if line.strip())
 
 
 def write_corpus(paths, out, tokenizer_name="o200k_harmony"):
@@ -289,7 +253,7 @@ def write_corpus(paths, out, tokenizer_name="o200k_harmony"):
     if os.path.lexists(out):
         raise ValueError(f"--out={out}: is there already: remove it or choose another name")
     tokenizer = get_tokenizer(tokenizer_name)  # loaded, perhaps downloaded, once: before there are workers
-    encode = functools.partial(encode_batch, tokenizer_name=tokenizer_name)
+    encode = functools.partial(encode_document, tokenizer_name=tokenizer_name)
     size = sum(os.path.getsize(path) for path in paths)
     workers = min(os.cpu_count(), 1 + (size >> 20))
     meta = {"tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size, "documents": 0, "tokens": 0, "counted": 0}
@@ -304,14 +268,14 @@ def write_corpus(paths, out, tokenizer_name="o200k_harmony"):
             multiprocessing.Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool,
             tqdm(total=size, unit="B", unit_scale=True, desc=out) as bar,
         ):
-            np.zeros(1, "<u8").tofile(documents_file)
-            for tokens, counted, lengths, bytes_read in pool.imap(encode, read_batches(paths)):
-                tokens.astype("<u4").tofile(tokens_file)
-                counted.astype("u1").tofile(counted_file)
-                (meta["tokens"] + np.cumsum(lengths)).astype("<u8").tofile(documents_file)
-                meta["documents"] += len(lengths)
+            documents_file.write(np.array(0, "<u8"))
+            for tokens, counted, bytes_read in pool.imap(encode, read_documents(paths), chunksize=32):
+                meta["documents"] += 1
                 meta["tokens"] += len(tokens)
                 meta["counted"] += int(counted.sum())
+                tokens_file.write(tokens.astype("<u4"))
+                counted_file.write(counted.astype("u1"))
+                documents_file.write(np.array(meta["tokens"], "<u8"))
                 bar.update(bytes_read)
         if not meta["documents"]:
             raise ValueError(f"{', '.join(paths)}: no document, only blank lines")
@@ -327,13 +291,6 @@ def write_corpus(paths, out, tokenizer_name="o200k_harmony"):
 # Opening a corpus
 
 
-class Corpus(NamedTuple):
-    tokenizer: type[Tokenizer]
-    tokens: np.ndarray  # (tokens,) uint32
-    documents: np.ndarray  # (documents + 1,) int64
-    counted: np.ndarray  # (tokens,) uint8
-
-
 def open_pydoc(held_out):
     """Every 20th topic of Python's language reference, or what the others say that these do not, as bytes."""
     from pydoc_data.topics import topics
@@ -346,10 +303,7 @@ def open_pydoc(held_out):
         kept = ["\n\n".join(part for part in text.split("\n\n") if " ".join(part.split()) not in seen) for text in texts]
     encoded = [encode_text(text, ByteTokenizer())[0] for text in kept if text]
     tokens, documents = np.concatenate(encoded), np.cumsum([0, *map(len, encoded)])
-    return Corpus(ByteTokenizer, tokens, documents, np.ones(len(tokens), "u1"))
-
-
-BUILT_IN = {"pydoc": functools.partial(open_pydoc, held_out=False), "pydoc-val": functools.partial(open_pydoc, True)}
+    return ByteTokenizer, tokens, documents, np.ones(len(tokens), "u1")
 
 
 def map_array(path, dtype, length):
@@ -360,15 +314,15 @@ def map_array(path, dtype, length):
 
 
 def open_corpus(path):
-    """The arrays of a built-in corpus or of a folder, checked. ValueError names the file and what is wrong."""
-    if path in BUILT_IN:
-        return BUILT_IN[path]()
+    """The tokenizer's class, tokens, documents (int64) and counted of a built-in corpus or of a folder, checked."""
+    if path in ("pydoc", "pydoc-val"):
+        return open_pydoc(held_out=path == "pydoc-val")
     folder = Path(path)
     try:
         meta = json.loads((folder / "meta.json").read_text())
         tokenizer, length, count = TOKENIZERS[meta["tokenizer"]], int(meta["tokens"]), int(meta["documents"])
         if min(length, count) < 1:
-            raise ValueError("the corpus is empty")
+            raise ValueError(f"{folder / 'meta.json'}: the corpus is empty")
         tokens = map_array(folder / "tokens.bin", "<u4", length)
         counted = map_array(folder / "counted.bin", "u1", length)
         # int64 for arithmetic: offsets past 2**63 turn negative, and fail the check below
@@ -376,15 +330,15 @@ def open_corpus(path):
     except FileNotFoundError as error:
         raise ValueError(
             f"{error.filename}: no such file. A corpus is a folder that `python data.py corpus.jsonl --out {path}` writes, "
-            f"or one of {', '.join(BUILT_IN)}"
+            f"or one of pydoc, pydoc-val"
         ) from None
-    except (KeyError, TypeError, UnicodeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, RecursionError, UnicodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{folder / 'meta.json'}: is not what data.py writes ({error!r}): encode the corpus again") from error
     if documents[0] != 0 or documents[-1] != length or (np.diff(documents) <= 0).any():
         raise ValueError(f"{folder / 'documents.bin'}: must rise from 0 to {length}: encode the corpus again")
     if (highest := tokens.max()) >= tokenizer.vocab_size:  # read from end to end, but never held
         raise ValueError(f"{folder / 'tokens.bin'}: token {highest} is outside {tokenizer.name}'s {tokenizer.vocab_size}")
-    return Corpus(tokenizer, tokens, documents, counted)
+    return tokenizer, tokens, documents, counted
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -434,23 +388,22 @@ class TokenData:
                 raise ValueError(f"{name}={value!r}: needs a whole number, {least} or more")
         if long_documents not in ("cut", "drop"):
             raise ValueError(f'long_documents={long_documents!r}: choose "cut" (into pieces of seq_len) or "drop"')
-        corpus = open_corpus(path)
+        tokenizer, self.stream, documents, self.counted_stream = open_corpus(path)
         self.path, self.seq_len, self.seed = path, seq_len, seed
-        self.tokenizer, self.vocab_size = corpus.tokenizer.name, corpus.tokenizer.vocab_size
+        self.tokenizer, self.vocab_size = tokenizer.name, tokenizer.vocab_size
         if vocab_size is not None and self.vocab_size > vocab_size:
             raise ValueError(
                 f"{path}: encoded by {self.tokenizer} with a vocabulary of {self.vocab_size}, but the model has "
                 f"vocab_size={vocab_size}: encode it with another --tokenizer, or train another model"
             )
-        self.stream, self.counted_stream = corpus.tokens, corpus.counted
 
-        starts, ends = corpus.documents[:-1], corpus.documents[1:]
+        starts, ends = documents[:-1], documents[1:]
         pairs = ends - starts - 1
         used = (pairs <= seq_len) | (long_documents == "cut")
-        self.documents, self.tokens, self.dropped = len(pairs), len(corpus.tokens), int((~used).sum())
-        # a document's first token is no target
-        left_out = sum(np.count_nonzero(corpus.counted[a + 1 : b]) for a, b in zip(starts[~used], ends[~used]))
-        self.counted = np.count_nonzero(corpus.counted) - np.count_nonzero(corpus.counted[starts]) - left_out
+        self.documents, self.tokens, self.dropped = len(pairs), len(self.stream), int((~used).sum())
+        in_dropped = sum(np.count_nonzero(self.counted_stream[a + 1 : b]) for a, b in zip(starts[~used], ends[~used]))
+        no_targets = np.count_nonzero(self.counted_stream[starts])  # a document's first token is none
+        self.counted = np.count_nonzero(self.counted_stream) - no_targets - in_dropped
         if not self.counted:
             raise ValueError(
                 f"{path}: no target is left to train on with seq_len={seq_len} and long_documents={long_documents!r} "

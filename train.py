@@ -24,6 +24,7 @@ import runpy
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -36,6 +37,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 import sp
 from checkpoint import States, load_weights
 from data import TokenData
+from memory import BYTES, HostMemory, SplitAdamW, estimate
 from model import GPTOSS, IGNORED, GPTOSSConfig
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -72,10 +74,12 @@ class Options(GPTOSSConfig):
     grad_clip: float = option(1.0, "largest norm of the gradient; 0: no limit")
     bad_steps: int = option(5, "stop after so many updates in a row were skipped because a number was not finite")
     # parallelism and memory
-    sp: int = option(1, "ranks that share each sequence")
+    sp: int = option(1, "ranks that share each sequence; the key-value heads and they must divide one way or the other")
     replicas: int = option(1, "copies of the sharded model, one a node for example (HSDP)")
-    dtype: str = option("auto", "of the computation: bfloat16, float32, or auto: bfloat16 on a GPU; weights are kept in fp32")
+    dtype: str = option("auto", "of the computation: bfloat16, float32, or auto: bfloat16 on a GPU")
+    optimizer: str = option("fp32", "fp32: 16 bytes a parameter; split: 10, as exact, moments in bf16; bf16: 8, loses small updates")
     recompute: str = option("all", "activations made again in the backward: none, all, or all but the output of attention")
+    offload: bool = option(False, "keep the blocks' inputs in host memory between forward and backward")
     # evaluation, saving, output
     eval_every: int = option(0, "steps between evaluations, the last step always; 0: never")
     eval_rows: int = option(32, "rows of an evaluation")
@@ -85,6 +89,8 @@ class Options(GPTOSSConfig):
     sample: str = option("", "prompt to continue when the run has ended")
     sample_tokens: int = option(200, "tokens of that sample")
     wandb: bool = option(False, "mirror the metrics to Weights & Biases")
+    dry_run: bool = option(False, "print what the run will need, per GPU, and leave; needs no GPU")
+    ranks: int = option(1, "ranks of a dry run, where torchrun does not say")
     deterministic: bool = option(False, "bitwise the same on every run, and slower")
     timeout: int = option(600, "seconds after which ranks give up waiting for each other")
 
@@ -93,6 +99,7 @@ class Options(GPTOSSConfig):
         choices = {
             "long_documents": ("cut", "drop"),
             "dtype": ("auto", "bfloat16", "float32"),
+            "optimizer": ("fp32", "split", "bf16"),
             "recompute": ("none", "all", "attention"),
         }
         for name, allowed in choices.items():
@@ -149,6 +156,17 @@ def read_value(name, text, kind):
 # Ranks, model, optimizer
 
 
+def check_ranks(options, ranks):
+    """ValueError if the options do not divide among the ranks."""
+    if ranks % (options.sp * options.replicas):
+        raise ValueError(f"sp={options.sp} times replicas={options.replicas} must divide the number of ranks, {ranks}")
+    rows = ranks // options.sp * options.micro_batch
+    if options.batch_size % rows:
+        raise ValueError(f"batch_size={options.batch_size} must be a multiple of {rows} = {ranks} ranks / sp x micro_batch")
+    if options.seq_len % options.sp:
+        raise ValueError(f"sp={options.sp} must divide seq_len={options.seq_len}")
+
+
 def start_ranks(options):
     """The process group, also for one rank. Returns the device, and the mesh over which FSDP shards: (replicas, ranks of
     one copy of the model), neighbours together."""
@@ -161,15 +179,7 @@ def start_ranks(options):
         "nccl" if cuda else "gloo", timeout=timedelta(seconds=options.timeout), device_id=device if cuda else None, **single
     )
     ranks = dist.get_world_size()
-    if ranks % options.sp or ranks % options.replicas or ranks // options.replicas % options.sp:
-        raise ValueError(f"sp={options.sp} times replicas={options.replicas} must divide the number of ranks, {ranks}")
-    rows = ranks // options.sp * options.micro_batch
-    if options.batch_size % rows:
-        raise ValueError(
-            f"batch_size={options.batch_size} must be a multiple of {rows} = {ranks} ranks / sp {options.sp} x micro_batch"
-        )
-    if options.seq_len % options.sp:
-        raise ValueError(f"sp={options.sp} must divide seq_len={options.seq_len}")
+    check_ranks(options, ranks)
     sp.init(init_device_mesh(device.type, (ranks // options.sp, options.sp), mesh_dim_names=("batch", "sp"))["sp"])
     return device, init_device_mesh(device.type, (options.replicas, ranks // options.replicas), mesh_dim_names=("replica", "shard"))
 
@@ -180,6 +190,7 @@ def build_model(options, config, device, mesh, dtype):
         model = GPTOSS(config, options.recompute)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)  # rotary tables: fp32
     mesh = mesh if options.replicas > 1 else mesh["shard"]
+    model = model.to(torch.float32 if options.optimizer == "fp32" else torch.bfloat16)
     for module in [*model.blocks, model]:
         fully_shard(module, mesh=mesh, mp_policy=policy)
         module.set_gradient_divide_factor(1.0)  # the loss is divided by the global count of targets: gradients just add up
@@ -207,23 +218,28 @@ def build_optimizer(options, model):
         {"params": [p for n, p in model.named_parameters() if matrix[n]], "weight_decay": options.weight_decay},
         {"params": [p for n, p in model.named_parameters() if not matrix[n]], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(options.beta1, options.beta2), fused=True)
+    settings = {"lr": options.lr, "betas": (options.beta1, options.beta2)}
+    if options.optimizer == "split":
+        return SplitAdamW(groups, **settings)
+    optimizer = torch.optim.AdamW(groups, **settings, fused=True)
     for p in model.parameters():  # now, not at the first step, so that a saved state has somewhere to go
-        optimizer.state[p] = {
-            "step": torch.zeros((), device=p.device),
-            "exp_avg": torch.zeros_like(p),
-            "exp_avg_sq": torch.zeros_like(p),
-        }
+        step, zeros = torch.zeros((), device=p.device), torch.zeros_like(p)
+        optimizer.state[p] = {"step": step, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
     return optimizer
 
 
 def training_state(model, optimizer):
     """{name: DTensor} of all that a resumed run needs."""
-    tensors = {}
+    tensors = {name: p.detach() for name, p in model.named_parameters()}
     for name, p in model.named_parameters():
-        tensors[name] = p.detach()
-        tensors |= {f"{key}.{name}": optimizer.state[p][key] for key in ("exp_avg", "exp_avg_sq")}
+        tensors |= {f"{key}.{name}": value for key, value in optimizer.state[p].items() if key != "step"}
     return tensors
+
+
+def gradient_norm_squared(model):
+    """This rank's part of the squared norm of all gradients, fp32."""
+    norms = [torch.linalg.vector_norm(p.grad.to_local(), dtype=torch.float32) for p in model.parameters()]
+    return torch.stack(norms).double().square().sum()
 
 
 def learning_rate(options, step):
@@ -288,6 +304,31 @@ def take_expert_load(model):
 
 
 PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}  # dense bf16 FLOP/s, from NVIDIA's data sheets
+
+
+def arithmetic(options, config, parameters, ranks):
+    """What a step is made of, in words."""
+    groups, tokens = ranks // options.sp, options.batch_size * options.seq_len
+    return (
+        f"{parameters:,} parameters, optimizer {options.optimizer} at {sum(BYTES[options.optimizer])} bytes each\n"
+        f"{tokens:,} tokens a step = {options.batch_size // groups // options.micro_batch} micro-batches x {groups} groups of "
+        f"sp {options.sp} x {options.micro_batch} rows x {options.seq_len:,} tokens; "
+        f"{config.flops_per_token(options.seq_len) * tokens:.3g} FLOPs"
+    )
+
+
+def dry_run(options):
+    """Print what the run will need."""
+    ranks, config = int(os.environ.get("WORLD_SIZE", options.ranks)), model_config(options)
+    check_ranks(options, ranks)
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in GPTOSS(config).parameters())
+    shared = ("sp", "replicas", "seq_len", "micro_batch", "optimizer", "recompute", "offload")
+    needs = estimate(config, parameters=parameters, ranks=ranks, **{name: getattr(options, name) for name in shared})
+    print(arithmetic(options, config, parameters, ranks))
+    for what, size in needs.items():
+        print(f"{size / 2**30:8.1f} GiB  {what}")
+    print(f"{sum(needs.values()) / 2**30:8.1f} GiB  peak of each of {ranks} GPUs, without what CUDA and NCCL take")
 
 
 def peak_flops(device):
@@ -405,12 +446,8 @@ def train(options):
     log = Log(options, folder)
 
     ranks, tokens_a_step = dist.get_world_size(), options.batch_size * options.seq_len
-    groups, flops, peak = ranks // options.sp, config.flops_per_token(options.seq_len), peak_flops(device)
-    log.say(f"{sum(p.numel() for p in model.parameters()):,} parameters kept in float32, computed in {str(dtype)[6:]}")
-    log.say(
-        f"{tokens_a_step:,} tokens a step = {options.batch_size // groups // options.micro_batch} micro-batches of {groups} groups x "
-        f"{options.micro_batch} rows x {options.seq_len:,} tokens; a group is {options.sp} of {ranks} {device.type} ranks"
-    )
+    flops, peak = config.flops_per_token(options.seq_len), peak_flops(device)
+    log.say(arithmetic(options, config, sum(p.numel() for p in model.parameters()), ranks))
     log.say(data.describe())
     if step:
         log.say(f"goes on after step {step - 1}")
@@ -422,16 +459,19 @@ def train(options):
         (count,) = all_sum(sum((targets != IGNORED).sum() for _, targets, _ in batches) / options.sp, device=device)
         loss, count = 0, torch.tensor(count, device=device)
         for batch in batches:
-            share = model(*to_model(batch, device), count=count)
+            with HostMemory() if options.offload else nullcontext():
+                share = model(*to_model(batch, device), count=count)
             share.backward()
             loss += share.detach()
-        loss, asked_to_stop = all_sum(loss, stop.asked, device=device)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.grad_clip or math.inf).full_tensor().item()
+        loss, norm, asked_to_stop = all_sum(loss, gradient_norm_squared(model) / options.replicas, stop.asked, device=device)
+        norm = math.sqrt(norm)
 
         # the update
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(options, step)
         if math.isfinite(loss) and math.isfinite(norm):
+            if options.grad_clip and norm > options.grad_clip:
+                torch._foreach_mul_([p.grad for p in model.parameters()], options.grad_clip / norm)
             optimizer.step()
             updates, skipped = updates + 1, 0
         else:
@@ -488,6 +528,19 @@ def describe_bad_step(model, step, options):
     )
 
 
+def memory_advice(options):
+    """The options that still have memory to give, the cheapest first."""
+    advice = [
+        (options.recompute == "none", "--recompute=attention"),
+        (options.micro_batch > 1, "a smaller --micro_batch"),
+        (options.optimizer == "fp32", "--optimizer=split (10 bytes a parameter instead of 16)"),
+        (not options.offload, "--offload=true (blocks' inputs to host memory)"),
+        (options.recompute == "attention", "--recompute=all"),
+        (True, "a larger --sp over more GPUs, or a shorter --seq_len"),
+    ]
+    return "out of memory: try " + ", then ".join(text for applies, text in advice if applies)
+
+
 def write_sample(options, folder, tokenizer, device):
     from sample import generate  # noqa: PLC0415
 
@@ -496,9 +549,16 @@ def write_sample(options, folder, tokenizer, device):
     ...
 
 
-if __name__ == "__main__":
+def main():
+    options = None
     try:
-        train(parse(sys.argv[1:]))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        options = parse(sys.argv[1:])
+        dry_run(options) if options.dry_run else train(options)
+    except (ValueError, OSError, FloatingPointError) as error:
+        raise SystemExit(f"error: {error}") from None
+    except torch.OutOfMemoryError as error:
+        raise SystemExit(f"error: {str(error).splitlines()[0]}\n{memory_advice(options)}") from None
+
+
+if __name__ == "__main__":
+    main()

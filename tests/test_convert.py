@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -163,6 +163,7 @@ def test_dequantization_is_transformers_bit_by_bit():
 
 @settings(max_examples=100, deadline=None)
 @given(st.binary(min_size=64, max_size=64), st.binary(min_size=4, max_size=4))
+@example(bytes([1] * 64), bytes(4))  # the smallest values there are: no scale puts them into [4, 8)
 def test_what_came_out_of_mxfp4_goes_back_unchanged(blocks, scales):
     blocks = torch.tensor(list(blocks), dtype=torch.uint8).view(4, 1, 16)
     scales = torch.tensor(list(scales), dtype=torch.uint8).clamp(max=252).view(4, 1)  # 6 * 2 ** 126 and more is beyond bf16
@@ -254,6 +255,18 @@ def test_stored_dtypes_stay_and_shards_are_whole(tmp_path, monkeypatch):
         largest = max(t.nbytes for t in load_file(path).values())
         assert sum(t.nbytes for t in load_file(path).values()) <= max(30_000, largest)
     assert_close(our_logits(tmp_path / "ours"), their_logits(source))
+
+
+def test_every_tensor_is_aligned(tmp_path):
+    """An fp32 tensor after an odd number of bf16 values: torch cannot view it where it would lie."""
+    places = convert_hf.create_shards(tmp_path, {"odd": (torch.bfloat16, (3,)), "wide": (torch.float32, (2, 5))})
+    odd, wide = torch.randn(3).bfloat16(), torch.randn(2, 5)
+    places["odd"].write(slice(None), odd)
+    places["wide"].write(slice(1, 2), wide[1:])
+    places["wide"].write(slice(0, 1), wide[:1])
+    loaded = all_tensors(tmp_path)
+    assert same_bits(loaded["odd"], odd) and same_bits(loaded["wide"], wide)
+    assert places["wide"].offset % 4 == 0
 
 
 def test_download_takes_only_top_level_files(tmp_path, monkeypatch):
@@ -392,6 +405,8 @@ def test_export_to_bf16_with_a_tokenizer_from_elsewhere(tmp_path):
     assert same_bits(all_tensors(tmp_path / "out")["model.norm.weight"], stored.bfloat16())
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     assert (tmp_path / "out" / "tokenizer.json").exists()
+    with pytest.raises(SystemExit, match="elsewhere2: no such folder"):
+        main(["--export", str(run), "--out", str(tmp_path / "out2"), "--tokenizer", str(tmp_path / "elsewhere2")])
 
 
 def test_exported_config_says_what_the_released_one_says():
@@ -461,7 +476,7 @@ def oversized_header(folder):
 
 
 def lying_header(folder):
-    header = json.dumps({"lm_head.weight": {"dtype": "BF16", "shape": [97, 32], "data_offsets": [-64, 0]}}).encode()
+    header = json.dumps({"lm_head.weight": {"dtype": "BF16", "shape": [1, 32], "data_offsets": [-64, 0]}}).encode()
     (folder / "model-x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     edit_index(folder, "model-x.safetensors")
 
@@ -645,10 +660,5 @@ def test_command_line(tmp_path, whole):
     done = run(whole)
     assert done.returncode == 0, done.stderr
     assert "GB/s" in done.stdout and (tmp_path / "checkpoints" / "source" / "config.json").exists()
-    again = run(whole)
-    assert again.returncode == 1 and again.stderr.startswith("error: ") and again.stderr.count("\n") == 1
-    done = run("--export", tmp_path / "checkpoints" / "source", "--out", "exported", "--mxfp4")
-    assert done.returncode == 0, done.stderr
-    assert "MXFP4 experts: relative error" in done.stdout
     offline = run("openai/no-such-model-of-theirs")
-    assert offline.returncode == 1 and "the download failed" in offline.stderr and "Traceback" not in offline.stderr
+    assert offline.returncode == 1 and offline.stderr.startswith("error: openai/no-such-model-of-theirs: no such folder here")

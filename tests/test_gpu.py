@@ -108,20 +108,20 @@ def test_cudnn_attention(S):
 
 @pytest.mark.parametrize("kind", ["flex", "flex, documents", "cudnn"])
 def test_attention_memory_grows_with_the_length(kind):
-    """Peak of forward and backward over what was there before: eight times q, where one head's scores take 16 times."""
+    """Peak of forward and backward over what was there before: at most a quarter of what one head's scores would take."""
     if kind == "cudnn":
         skip_without_cudnn()
     S = 32 * 1024
     inputs, grad = attention_inputs(S, torch.bfloat16, B=1, H=8, K=1)
     documents = two_rows_of_documents(S)[:1] if kind == "flex, documents" else None
-    attention = functools.partial(flex_sink_attention, mask=block_mask(S, 128, documents, CUDA))
+    attention = functools.partial(flex_sink_attention, mask=block_mask(S, None if documents is not None else 128, documents, CUDA))
     attention = CudnnSinkAttention.apply if kind == "cudnn" else attention
     outcome(attention, inputs, grad, torch.bfloat16)  # compiles
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     outcome(attention, inputs, grad, torch.bfloat16)
     peak = torch.cuda.max_memory_allocated() - before
-    assert peak <= 16 * inputs[0].nbytes < 2 * S * S, f"{peak / GIB:.2f} GiB"
+    assert peak <= 2 * S * S / 4, f"{peak / GIB:.2f} GiB"
 
 
 def test_choice_of_attention(capsys):
@@ -189,9 +189,12 @@ def test_recompute(recompute, runs, monkeypatch):
     tokens, targets = batch(small_config(), 2, 384)
     expected = run_model(small_config(), tokens, targets, dtype=torch.bfloat16)
     calls, op = [], torch.ops.aten._scaled_dot_product_cudnn_attention
-    monkeypatch.setattr(
-        torch.ops.aten, op._qualified_op_name.split("::")[1], lambda *args, **kwargs: (calls.append(1), op(*args, **kwargs))[1]
-    )
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return op(*args, **kwargs)
+
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention", counted)
     actual = run_model(small_config(), tokens, targets, dtype=torch.bfloat16, recompute=recompute)
     assert len(calls) == 2 * runs
     assert error_of_all(actual, expected) <= 5e-3  # cuDNN's backward adds in any order
@@ -209,9 +212,11 @@ def test_new_documents_compile_nothing(recompute):
         model(tokens, targets, documents).backward()
 
     step(0)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        step(1)
-        step(2)
+    stats = torch._dynamo.utils.counters["stats"]  # of all threads: a checkpointed block runs again in the backward's
+    compiled = stats["unique_graphs"]
+    step(1)
+    step(2)
+    assert compiled > 0 and stats["unique_graphs"] == compiled
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 1e-2), (torch.float32, 1e-5)], ids=["bf16", "fp32"])

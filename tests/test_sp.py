@@ -5,7 +5,6 @@ sum of the ranks' losses, a gradient the sum of the ranks' gradients, and all si
 """
 
 import functools
-import traceback
 
 import pytest
 import torch
@@ -235,7 +234,7 @@ MISTAKES = [wrong_sinks, wrong_count, wrong_documents, wrong_positions]
 
 
 def on_a_rank(n):
-    """Everything that n ranks do: {name: result or traceback}. For n < 8 the group is the second half of 2 n ranks, as it is
+    """Everything that n ranks do: {name: result}. For n < 8 the group is the second half of 2 n ranks, as it is
     beside data parallelism, so that a rank's number in its group is not its number in the world."""
     groups = dist.get_world_size() // n
     mesh = init_device_mesh("cpu", (groups, n), mesh_dim_names=("dp", "sp"))["sp"]
@@ -250,9 +249,8 @@ def on_a_rank(n):
     for name, job in jobs.items():
         try:
             results[name] = job()
-        except Exception:
-            results[name] = traceback.format_exc()
-            break  # the ranks no longer agree on what comes next
+        except Exception as error:  # ends all ranks, which no longer agree on what comes next
+            raise RuntimeError(f"{name}, {n} ranks") from error
     sp.init(None)
     assert (sp.size(), sp.rank()) == (1, 0)
     return results
@@ -260,15 +258,17 @@ def on_a_rank(n):
 
 @functools.cache
 def ranks(n):
-    """[{name: result} of each of the n ranks]"""
-    return [results for results in run_ranks(min(2 * n, 8), on_a_rank, n) if results is not None]
+    """[{name: result} of each of the n ranks], or the traceback of the first failure."""
+    try:
+        return [results for results in run_ranks(min(2 * n, 8), on_a_rank, n) if results is not None]
+    except (RuntimeError, TimeoutError) as error:
+        return str(error)
 
 
 def results(n, name):
-    results = [rank.get(name, f"{name} was not reached: {list(rank.values())[-1]}") for rank in ranks(n)]
-    failed = [result for result in results if isinstance(result, str)]
-    assert not failed, failed[0]
-    return results
+    if isinstance(ranks(n), str):
+        pytest.fail(ranks(n), pytrace=False)
+    return [rank[name] for rank in ranks(n)]
 
 
 def summed(n, name):

@@ -1,0 +1,56 @@
+"""Teach the model of configs/tiny.py to answer: which of Python's keywords does what. A minute on a laptop, no download.
+
+torchrun --nproc_per_node 2 train.py configs/tiny.py                  # the model to start from, runs/tiny/model
+python configs/finetune_chat.py chat.jsonl                            # writes the chats: see the end of this file
+python data.py chat.jsonl --out data/chat --tokenizer=bytes
+torchrun --nproc_per_node 2 train.py configs/finetune_chat.py
+python sample.py runs/finetune_chat "Which keyword leaves a loop?" --chat --temperature=0
+
+Five chats are kept back, to ask afterwards. The real model is tuned by the same commands: convert_hf.py brings
+checkpoint = "checkpoints/gpt-oss-20b", whose tokenizer is data.py's default.
+"""
+
+checkpoint = "runs/tiny/model"
+data = "data/chat"
+
+seq_len = 288  # two chats
+batch_size, micro_batch = 8, 4  # 2,304 tokens a step, half of them on each rank
+recompute = "none"
+
+steps = 250
+lr, warmup_steps = 3e-3, 10
+log_every = 20
+
+
+def _chats():
+    """(question, answer) of each chat. A row of `ways` and a row of `keywords` meet in every combination."""
+    ways = ["Which keyword {}?", "Name the keyword that {}.", "What do I write if my code {}?", "I want a statement that {}."]
+    keywords = {
+        "import": "loads a module",
+        "def": "defines a function",
+        "class": "makes a new type",
+        "return": "gives back a value",
+        "for": "goes through a list",
+        "while": "repeats as long as a test holds",
+        "break": "leaves a loop",
+        "pass": "does nothing",
+        "del": "removes a name",
+        "raise": "signals an error",
+        "assert": "checks an assumption",
+        "with": "enters a context",
+        "yield": "hands out values one by one",
+        "await": "waits for a coroutine",
+        "lambda": "writes a function in one line",
+    }
+    return [(way.format(does), f"It is {keyword}.") for keyword, does in keywords.items() for way in ways]
+
+
+if __name__ == "__main__":  # python configs/finetune_chat.py FILE
+    import json
+    import sys
+
+    with open(sys.argv[1], "w") as file:
+        for number, (question, answer) in enumerate(_chats()):
+            if number % 12 != 5:  # those are kept back
+                messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+                file.write(json.dumps({"messages": messages}) + "\n")

@@ -1,0 +1,158 @@
+"""What makes a large model fit: Adam in ten bytes a parameter, layer inputs in host memory, and the arithmetic before a run.
+
+Training with an fp32 master copy and fp32 moments takes 16 bytes a parameter: weight 4, gradient 4, moments 8. For gpt-oss-20b
+that is 335 GB. `SplitAdamW` takes 10 and loses no update: 2 bf16 weight, 2 the rest of the fp32 master, 2 gradient, 4 moments.
+"""
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.tensor import DTensor
+
+from model import EXPERT_TOKENS, LOSS_ROWS
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Optimizer
+
+
+def join(weight, rest):
+    """bf16 weight and int16 rest -> the fp32 master that `split` made them from, to the last bit."""
+    return ((weight.view(torch.int16).int() << 16) + rest.int()).view(torch.float32)
+
+
+def split(master):
+    """fp32 -> the nearest bf16, and the difference of their bits as int16. A tie rounds away from zero, or it would not fit."""
+    bits = master.view(torch.int32)
+    high = (bits + 0x8000) >> 16
+    return high.short().view(torch.bfloat16), (bits - (high << 16)).short()
+
+
+def adamw(weight, rest, grad, m, v, lr, beta1, beta2, eps, decay, correction1, correction2):
+    """One AdamW update, in fp32, of a bf16 weight whose master's low bits are `rest`; m and v are bf16. All in place.
+
+    https://arxiv.org/abs/1711.05101. The corrections are 1 - beta^step."""
+    grad, master = grad.float(), join(weight, rest)
+    new_m = m.float() * beta1 + grad * (1 - beta1)
+    new_v = v.float() * beta2 + grad * grad * (1 - beta2)
+    step = (new_m / correction1) / ((new_v / correction2).sqrt() + eps)
+    new_weight, new_rest = split(master - lr * (step + decay * master))
+    weight.copy_(new_weight)
+    rest.copy_(new_rest)
+    m.copy_(new_m)
+    v.copy_(new_v)
+
+
+class SplitAdamW(torch.optim.Optimizer):
+    """AdamW for bf16 parameters, plain or DTensor, with an exact fp32 master: the parameter is its upper half, rounded, and
+    the state's `rest` what the rounding took away. Moments in bf16, which cannot follow a beta2 that changes them by less
+    than bf16's resolution: ValueError above 0.99."""
+
+    def __init__(self, params, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0):
+        if betas[1] > 0.99:
+            raise ValueError(f"beta2={betas[1]}: moments in bf16 follow at most 0.99; lower it, or use optimizer=fp32")
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        for group in self.param_groups:
+            for p in group["params"]:
+                zeros = torch.zeros_like(p)
+                self.state[p] = {"step": torch.zeros(()), "exp_avg": zeros, "exp_avg_sq": zeros.clone(), "rest": zeros.short()}
+        self.update = {"cpu": adamw, "cuda": torch.compile(adamw, dynamic=True)}  # on a GPU one kernel, no temporaries
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                state["step"] += 1
+                steps = state["step"].item()
+                tensors = (p, state["rest"], p.grad, state["exp_avg"], state["exp_avg_sq"])
+                tensors = [(t.to_local() if isinstance(t, DTensor) else t).flatten() for t in tensors]
+                # numbers that change from step to step are tensors, or each would be compiled into a kernel of its own
+                numbers = torch.tensor([group["lr"], 1 - beta1**steps, 1 - beta2**steps], device=tensors[0].device)
+                lr, correction1, correction2 = numbers.unbind()
+                self.update[p.device.type](*tensors, lr, beta1, beta2, group["eps"], group["weight_decay"], correction1, correction2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Layer inputs in host memory
+
+
+class HostMemory(saved_tensors_hooks):
+    """`with HostMemory():` what autograd keeps of hidden states (B, S, C) for the backward waits in pinned host memory.
+
+    For a model that recomputes its blocks, and so keeps a block's input and little else. Copies run on a stream of their own:
+    out while the next block computes, back one block before they are needed. torch.autograd.graph.save_on_cpu does the same
+    but waits for each copy."""
+
+    def __init__(self):
+        super().__init__(self.pack, self.unpack)
+        self.stream = torch.cuda.Stream()
+        self.host, self.back = [], {}  # copies in host memory, in the order of the forward; those on their way back
+
+    def pack(self, x):
+        if not x.is_cuda or x.dim() != 3 or not x.is_floating_point():
+            return x
+        host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            host.copy_(x, non_blocking=True)
+        x.record_stream(self.stream)  # its memory may be used again only after the copy
+        self.host.append(host)
+        return len(self.host) - 1
+
+    def unpack(self, kept):
+        if torch.is_tensor(kept):
+            return kept
+        self.fetch(kept)
+        self.fetch(kept - 1)
+        x, arrived = self.back.pop(kept)
+        torch.cuda.current_stream().wait_event(arrived)
+        x.record_stream(torch.cuda.current_stream())
+        self.host[kept] = None
+        return x
+
+    def fetch(self, kept):
+        if kept < 0 or kept in self.back or self.host[kept] is None:
+            return
+        with torch.cuda.stream(self.stream):
+            x = self.host[kept].to("cuda", non_blocking=True)
+            self.back[kept] = x, self.stream.record_event()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The arithmetic before a run
+
+BYTES = {"fp32": (4, 4, 8), "split": (2, 2, 6), "bf16": (2, 2, 4)}  # of a parameter: weight, gradient, optimizer
+
+
+def estimate(config, *, parameters, ranks, sp, replicas, seq_len, micro_batch, optimizer, recompute, offload):
+    """Peak memory of one rank in training, bytes by what they are for; the values add up to the peak.
+
+    Counted by hand from model.py, bf16 computation. Measured against torch.cuda.max_memory_allocated on H200s in the README."""
+    C, F, V, L = config.hidden_size, config.intermediate_size, config.vocab_size, config.num_hidden_layers
+    heads, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    tokens = micro_batch * seq_len // sp
+    block = (parameters - 2 * V * C - C) // L
+    weight, gradient, moments = (size * parameters * replicas // ranks for size in BYTES[optimizer])
+    # FSDP: two blocks and the embeddings whole in bf16, a block's gradients whole in bf16 and, to be added up, in fp32
+    gathered = 2 * (2 * block + 2 * V * C) + (2 + 4) * block
+    kept = 2 * tokens * C * (2 if offload else L)
+    if recompute == "attention":
+        kept += tokens * (2 * heads + 4 * config.num_attention_heads) * (L // 2)
+    rows = config.experts_per_token
+    if recompute == "none":
+        kept = 2 * tokens * L * (4 * C + (heads + 2 * kv) + heads + rows * 2 * F)
+    # the largest working set: attention's backward, a tile of experts, or the loss, each beside the residual stream
+    attention = 2 * tokens * (4 * (heads + 2 * kv) + 3 * heads)
+    experts = 2 * min(tokens, EXPERT_TOKENS) * rows * (4 * C + 6 * F) + 4 * (block if tokens > EXPERT_TOKENS else 0)
+    loss = LOSS_ROWS * V * 2 + V * C * (4 + 2) + 2 * tokens * C
+    working = max(attention, experts, loss) + 2 * tokens * C * 4
+    return {
+        "weights": weight,
+        "gradients": gradient,
+        "optimizer": moments,
+        "gathered by FSDP": gathered,
+        "kept for the backward": kept,
+        "working set": working,
+    }
