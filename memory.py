@@ -52,8 +52,8 @@ class SplitAdamW(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         for group in self.param_groups:
             for p in group["params"]:
-                zeros = torch.zeros_like(p)
-                self.state[p] = {"step": torch.zeros(()), "exp_avg": zeros, "exp_avg_sq": zeros.clone(), "rest": zeros.short()}
+                m, v, rest = torch.zeros_like(p), torch.zeros_like(p), torch.zeros_like(p, dtype=torch.int16)
+                self.state[p] = {"step": torch.zeros(()), "exp_avg": m, "exp_avg_sq": v, "rest": rest}
         self.update = {"cpu": adamw, "cuda": torch.compile(adamw, dynamic=True)}  # on a GPU one kernel, no temporaries
 
     @torch.no_grad()
@@ -71,7 +71,8 @@ class SplitAdamW(torch.optim.Optimizer):
                 # numbers that change from step to step are tensors, or each would be compiled into a kernel of its own
                 numbers = torch.tensor([group["lr"], 1 - beta1**steps, 1 - beta2**steps], device=tensors[0].device)
                 lr, correction1, correction2 = numbers.unbind()
-                self.update[p.device.type](*tensors, lr, beta1, beta2, group["eps"], group["weight_decay"], correction1, correction2)
+                update, decay = self.update[p.device.type], group["weight_decay"]
+                update(*tensors, lr, beta1, beta2, group["eps"], decay, correction1, correction2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -63,8 +63,8 @@ class GPTOSSConfig:
     def __post_init__(self):
         for field in fields(GPTOSSConfig):
             value = getattr(self, field.name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or value <= 0 or (field.type is int and value != int(value)):
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+            if not number or (field.type is int and value != int(value)):
                 raise ValueError(f"{field.name}={value!r} must be a positive {field.type.__name__}")
             setattr(self, field.name, field.type(value))
         if self.num_attention_heads % self.num_key_value_heads:
@@ -96,7 +96,8 @@ class GPTOSSConfig:
         if "model_type" in given:
             given = _from_hugging_face(given, path)
         names = {field.name for field in fields(cls)}
-        missing, unknown = names - given.keys(), given.keys() - names
+        missing = names - given.keys() - {"max_position_embeddings", "rms_norm_eps"}  # OpenAI's original leaves these two out
+        unknown = given.keys() - names
         if missing or unknown:
             raise ValueError(f"{path}: missing fields {sorted(missing)}, unknown fields {sorted(unknown)}")
         try:
@@ -138,6 +139,7 @@ def _from_hugging_face(given, path):
         "hidden_act": (given.get("hidden_act", "silu"), "silu"),
         "rope_type": (rope.get("rope_type"), "yarn"),
         "truncate": (rope.get("truncate"), False),  # whether YaRN's ramp is rounded to whole dimensions
+        "swiglu_alpha": (given.get("swiglu_alpha", 1.702), 1.702),
     }
     for name, (value, ours) in implemented.items():
         if value != ours:
@@ -424,8 +426,8 @@ def choose_attention(S, window, documents, device, dtype, head_dim):
 
     documents: (B, S) or None. Called once a step and kind of layer, because a block mask is worth making only once."""
     layers = "full layers" if window is None else f"window {window} layers"
-    if device.type != "cuda":
-        say(f"attention of {layers}: dense, fused kernels want a GPU")
+    if device.type != "cuda" or head_dim < 16:
+        say(f"attention of {layers}: dense, as the fused kernels want a GPU and heads of at least 16 dimensions")
         return functools.partial(dense_attention, window=window, documents=documents)
     if window is None and documents is None:
         refusal = cudnn_refuses(device, dtype, head_dim)
@@ -672,6 +674,8 @@ class GPTOSS(nn.Module):
 
     def __init__(self, config, recompute="none"):
         super().__init__()
+        if recompute not in ("none", "attention", "all"):
+            raise ValueError(f"recompute={recompute!r}: choose none, attention or all")
         self.config, self.recompute = config, recompute
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
@@ -682,12 +686,12 @@ class GPTOSS(nn.Module):
         """tokens (B, S) int64 -> logits (B, S, V); or with targets (B, S), the tokens that follow, the loss, fp32.
 
         The loss is the mean over the targets that are not -100. Those are `count`, a 0-d tensor, if that is given: for a
-        batch that is a part of a larger one. documents (B, S): attention stays within runs of equal numbers. In a sequence-
+        batch that is a part of a larger one. documents (B, S): attention stays between equal numbers. In a sequence-
         parallel group all of them are this rank's slice, and the ranks' losses add up to the loss."""
-        x = self.features(tokens, documents)
         if targets is None:
-            return self.unembedding(x)
-        targets = self._checked_targets(targets, tokens)
+            return self.unembedding(self.features(tokens, documents))
+        self._check(targets, "targets", tokens.shape, IGNORED)
+        x = self.features(tokens, documents)
         if count is None:
             count = sp.all_reduce((targets != IGNORED).sum())
         count = count.clamp(min=1).float()  # no counted target: the loss is 0, and so is its gradient
@@ -696,24 +700,25 @@ class GPTOSS(nn.Module):
 
     def logprobs(self, tokens, targets, documents=None):
         """log p(targets[b, i] | tokens[b, : i + 1]) (B, S), fp32, differentiable; 0 where the target is -100."""
-        targets = self._checked_targets(targets, tokens)
+        self._check(targets, "targets", tokens.shape, IGNORED)
         x = self.features(tokens, documents)
         return LogProbs.apply(x.flatten(0, 1), self.unembedding.weight, targets.flatten()).view(targets.shape)
 
     def features(self, tokens, documents=None, cache=None):
         """tokens (B, S) -> (B, S, C), what the unembedding makes logits of. cache: see sample.py's KeyValueCache."""
+        self._check(tokens, "tokens", tokens.shape)
         config, s = self.config, tokens.shape[1]
         S, start = s * sp.size(), cache.length if cache else 0
-        if tokens.dim() != 2 or tokens.is_floating_point() or s == 0:
-            raise ValueError(f"tokens must be integers of shape (B, S), S at least 1; got {tokens.dtype} {tuple(tokens.shape)}")
         if start + S > config.max_position_embeddings:
             raise ValueError(f"{start + S} tokens do not fit the model's max_position_embeddings={config.max_position_embeddings}")
-        low, high = (int(x) for x in tokens.aminmax())
-        if low < 0 or high >= config.vocab_size:
-            raise ValueError(f"tokens from {low} to {high}: they must lie in [0, vocab_size={config.vocab_size})")
+        if documents is not None:
+            if documents.shape != tokens.shape or documents.is_floating_point():
+                raise ValueError(
+                    f"documents must be integers of shape {tuple(tokens.shape)}; got {documents.dtype} {tuple(documents.shape)}"
+                )
+            documents = sp.gather_sequence(documents)
         x = self.embedding(tokens)  # (B, S, C)
         cos, sin = rope_tables(config, start + sp.positions(s, tokens.device))
-        documents = None if documents is None else sp.gather_sequence(documents)
         attend = {
             window: functools.partial(dense_attention, window=window)
             if cache
@@ -730,13 +735,15 @@ class GPTOSS(nn.Module):
                 x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
         return self.norm(x)
 
-    def _checked_targets(self, targets, tokens):
-        if targets.shape != tokens.shape:
-            raise ValueError(f"targets {tuple(targets.shape)} and tokens {tuple(tokens.shape)} must have the same shape")
-        low, high = (int(x) for x in targets.aminmax())
-        if high >= self.config.vocab_size or (low < 0 and bool(((targets < 0) & (targets != IGNORED)).any())):
-            raise ValueError(f"targets from {low} to {high}: they must be {IGNORED} or in [0, vocab_size={self.config.vocab_size})")
-        return targets
+    def _check(self, ids, name, shape, other=0):
+        """ValueError unless `ids` are (B, S) integers in the vocabulary, or `other`."""
+        if ids.dim() != 2 or ids.shape != shape or ids.is_floating_point() or not ids.numel():
+            raise ValueError(
+                f"{name} must be integers of one shape (B, S), not empty; got {ids.dtype} {tuple(ids.shape)}, {tuple(shape)}"
+            )
+        V, wrong = self.config.vocab_size, ids[((ids < 0) | (ids >= self.config.vocab_size)) & (ids != other)]
+        if len(wrong):
+            raise ValueError(f"{name} must lie in [0, vocab_size={V}){f' or be {other}' if other else ''}; found {wrong[0].item()}")
 
     @torch.no_grad()
     def init_weights(self, seed=0):

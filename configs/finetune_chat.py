@@ -17,7 +17,7 @@ seq_len = 288  # two chats
 batch_size, micro_batch = 8, 4  # 2,304 tokens a step, half of them on each rank
 recompute = "none"
 
-steps = 250
+steps = 180
 lr, warmup_steps = 3e-3, 10
 log_every = 20
 
