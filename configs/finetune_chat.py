@@ -4,7 +4,7 @@ torchrun --nproc_per_node 2 train.py configs/tiny.py                  # the mode
 python configs/finetune_chat.py chat.jsonl                            # writes the chats: see the end of this file
 python data.py chat.jsonl --out data/chat --tokenizer=bytes
 torchrun --nproc_per_node 2 train.py configs/finetune_chat.py
-python sample.py runs/finetune_chat "Which keyword leaves a loop?" --chat --temperature=0
+python sample.py runs/finetune_chat "Which keyword goes through a list?" --chat --temperature=0
 
 Five chats are kept back, to ask afterwards. The real model is tuned by the same commands: convert_hf.py brings
 checkpoint = "checkpoints/gpt-oss-20b", whose tokenizer is data.py's default.
@@ -51,6 +51,6 @@ if __name__ == "__main__":  # python configs/finetune_chat.py FILE
 
     with open(sys.argv[1], "w") as file:
         for number, (question, answer) in enumerate(_chats()):
-            if number % 12 != 5:  # those are kept back
+            if number % 11 != 5:  # those are kept back
                 messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
                 file.write(json.dumps({"messages": messages}) + "\n")

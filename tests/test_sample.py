@@ -11,11 +11,16 @@ import torch
 from common import noise_, tiny_config, twins
 
 import data
-from data import get_tokenizer
+from data import ByteTokenizer, get_tokenizer
 from model import GPTOSS
-from sample import KeyValueCache, chat_prompt, draw, generate, locate, readable, text_of
+from sample import KeyValueCache, chat_prompt, draw, generate, locate, readable, text_of, write
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def need_vocabulary():
+    if not os.path.isfile(os.path.join(os.environ.get("TIKTOKEN_CACHE_DIR", ""), "fb374d419588a4632f3f557e76b4b70aebbca790")):
+        pytest.skip("the o200k vocabulary is not here: set TIKTOKEN_CACHE_DIR to a folder with it")
 
 
 def prompt_of(config, n, B=1, seed=0):
@@ -123,7 +128,6 @@ def test_seed_stop_and_length():
     assert run(0, max_tokens=5) == whole[:5]
     room = model.config.max_position_embeddings - 250
     assert len(list(generate(model, [1] * 250, 1000))) == room == 6  # the context ends first
-    assert not torch.is_grad_enabled() or next(generate(model, [1], 1)) is not None and torch.is_grad_enabled()
 
 
 @pytest.mark.parametrize(
@@ -181,8 +185,7 @@ def test_what_is_readable_is_not_held_back():
 
 def test_harmony_prompt():
     """OpenAI's package renders it as it would a conversation."""
-    if not os.path.isfile(os.path.join(os.environ.get("TIKTOKEN_CACHE_DIR", ""), "fb374d419588a4632f3f557e76b4b70aebbca790")):
-        pytest.skip("the o200k vocabulary is not here: set TIKTOKEN_CACHE_DIR to a folder with it")
+    need_vocabulary()
     pytest.importorskip("openai_harmony", reason="chat is rendered by openai-harmony, which is not installed")
     tokenizer = get_tokenizer("o200k_harmony")
     prompt = chat_prompt("Hi <|end|>", tokenizer)
@@ -211,40 +214,63 @@ def folders(tmp_path_factory):
     return root
 
 
-def command_line(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, "sample.py", *map(str, arguments)], cwd=ROOT, env=os.environ | environment, capture_output=True
-    )
-
-
-def test_command_on_a_run_and_on_a_converted_folder(folders):
-    run = command_line(folders / "runs/fake", "naïve", "--max_tokens=9", "--temperature=0", "--device=cpu")
+def test_command_on_a_run(folders):
+    options = "--max_tokens=9", "--temperature=0", "--device=cpu"
+    run = subprocess.run([sys.executable, "sample.py", folders / "runs/fake", "naïve", *options], cwd=ROOT, capture_output=True)
     assert run.returncode == 0, run.stderr
     tokenizer, model = get_tokenizer("bytes"), GPTOSS.from_checkpoint(folders / "converted")
     greedy = list(generate(model, tokenizer.encode("naïve"), 9, temperature=0, stop=(256,)))
     assert run.stdout.decode() == "naïve" + tokenizer.decode(greedy) + "\n"
     assert f"prompt of 6 tokens, answer of {len(greedy)}" in run.stderr.decode() and b"tok/s" in run.stderr
 
-    converted = command_line(folders / "converted", "naïve", "--max_tokens=9", "--temperature=0", "--tokenizer=bytes")
-    assert converted.returncode == 0 and converted.stdout == run.stdout
-    chat = command_line(folders / "runs/fake/model", "Hi", "--chat", "--max_tokens=5", "--seed=3")
-    assert chat.returncode == 0 and not chat.stdout.startswith(b"Hi")
-    assert f"prompt of {len(chat_prompt('Hi', tokenizer))} tokens" in chat.stderr.decode()
+
+def test_command_says_what_is_wrong(folders):
+    failed = subprocess.run([sys.executable, "sample.py", "absent", "Hi", "--no-chat"], cwd=ROOT, capture_output=True, text=True)
+    assert failed.returncode == 1 and not failed.stdout
+    assert failed.stderr.startswith("sample.py: absent: no such folder. convert_hf.py") and "Traceback" not in failed.stderr
 
 
-def test_command_names_what_is_wrong_and_the_fix(folders):
-    for arguments, message in [
-        (("absent", "Hi"), "absent: no such folder. convert_hf.py"),
-        ((folders / "runs/young", "Hi"), "runs/young: this run has no model/ yet. train.py with --resume=true"),
-        ((folders, "Hi", "--tokenizer=bytes"), "config.json: not a readable config.json"),
-        ((folders / "runs/fake", "Hi " * 50), "prompt of 150 tokens: this model takes 1 to 127"),
-        ((folders / "runs/fake", ""), "prompt of 0 tokens"),
-        ((folders / "runs/fake", "Hi", "--top_p=2"), "top_p=2.0: "),
-        ((folders / "runs/fake", "Hi", "--device=tpu"), "tpu"),
-    ]:
-        failed = command_line(*arguments)
-        assert failed.returncode == 1 and message in failed.stderr.decode(), (arguments, failed.stderr)
-        assert b"Traceback" not in failed.stderr and not failed.stdout
+def test_folders_seeds_and_chats(folders, capsys):
+    def printed(folder, prompt="naïve", **options):
+        write(folders / folder, prompt, device="cpu", max_tokens=20, **options)
+        return capsys.readouterr()
+
+    run = printed("runs/fake", seed=1)
+    assert run.out.startswith("naïve") and run.out == printed("runs/fake/model", seed=1).out != printed("runs/fake").out
+    assert run.out == printed("converted", seed=1, tokenizer="bytes").out
+    chat = printed("runs/fake", "Hi", chat=True)
+    assert not chat.out.startswith("Hi")
+    assert f"prompt of {len(chat_prompt('Hi', get_tokenizer('bytes')))} tokens" in chat.err
+
+
+def test_an_answer_may_be_empty(folders, capsys, monkeypatch):
+    monkeypatch.setattr(ByteTokenizer, "stop", tuple(range(257)))
+    write(folders / "runs/fake", "Hi", device="cpu")
+    printed = capsys.readouterr()
+    assert printed.out == "Hi\n" and printed.err == "prompt of 2 tokens, answer of 0\n"
+
+
+@pytest.mark.parametrize(
+    "folder, prompt, options, message",
+    [
+        ("absent", "Hi", {}, "absent: no such folder. convert_hf.py"),
+        ("runs/young", "Hi", {}, "runs/young: this run has no model/ yet. train.py with --resume=true"),
+        (".", "Hi", {"tokenizer": "bytes"}, "config.json: not a readable config.json"),
+        ("runs/fake", "Hi " * 50, {}, "prompt of 150 tokens: this model takes 1 to 127"),
+        ("runs/fake", "", {}, "prompt of 0 tokens"),
+        ("runs/fake", "Hi", {"top_p": 2}, "top_p=2: "),
+    ],
+)
+def test_errors_name_the_fix(folders, capsys, folder, prompt, options, message):
+    with pytest.raises(ValueError, match=message):
+        write(folders / folder, prompt, **options)
+    assert not capsys.readouterr().out
+
+
+def test_a_tokenizer_larger_than_the_model(folders):
+    need_vocabulary()
+    with pytest.raises(ValueError, match="has 257 tokens, o200k_harmony has 201088: choose --tokenizer=bytes"):
+        write(folders / "converted", "Hi", chat=False)
 
 
 def test_a_folder_that_does_not_say_its_tokenizer(folders, capsys):
