@@ -128,32 +128,33 @@ BYTES = {"fp32": (4, 4, 8), "split": (2, 2, 6), "bf16": (2, 2, 4)}  # of a param
 
 
 def estimate(config, *, parameters, ranks, sp, replicas, seq_len, micro_batch, optimizer, recompute, offload):
-    """Peak memory of one rank in training, bytes by what they are for; the values add up to the peak.
+    """Peak memory of one rank in training: {what for: bytes}, which add up to the peak. Counted by hand from model.py, for a
+    computation in bf16.
 
-    Counted by hand from model.py, bf16 computation. Measured against torch.cuda.max_memory_allocated on H200s in the README."""
+    The backward frees what the forward kept, block by block, as it makes the gradients: only the larger of the two counts."""
     C, F, V, L = config.hidden_size, config.intermediate_size, config.vocab_size, config.num_hidden_layers
     heads, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     tokens = micro_batch * seq_len // sp
     block = (parameters - 2 * V * C - C) // L
     weight, gradient, moments = (size * parameters * replicas // ranks for size in BYTES[optimizer])
-    # FSDP: two blocks and the embeddings whole in bf16, a block's gradients whole in bf16 and, to be added up, in fp32
+    # two blocks and the embeddings whole in bf16; a block's gradients whole in bf16 and, to be added up over ranks, in fp32
     gathered = 2 * (2 * block + 2 * V * C) + (2 + 4) * block
-    kept = 2 * tokens * C * (2 if offload else L)
-    if recompute == "attention":
-        kept += tokens * (2 * heads + 4 * config.num_attention_heads) * (L // 2)
-    rows = config.experts_per_token
+    k = config.experts_per_token
     if recompute == "none":
-        kept = 2 * tokens * L * (4 * C + (heads + 2 * kv) + heads + rows * 2 * F)
-    # the largest working set: attention's backward, a tile of experts, or the loss, each beside the residual stream
+        kept = 2 * tokens * L * (4 * C + (heads + 2 * kv) + heads + k * 2 * F)
+    else:
+        kept = 2 * tokens * C * (2 if offload else L)
+        if recompute == "attention":  # out, and its logsumexp in fp32, of the layers that see everything
+            kept += tokens * (2 * heads + 4 * config.num_attention_heads) * (L // 2)
+    # the largest of attention's backward, a tile of experts and the loss, beside the residual stream and its gradient
     attention = 2 * tokens * (4 * (heads + 2 * kv) + 3 * heads)
-    experts = 2 * min(tokens, EXPERT_TOKENS) * rows * (4 * C + 6 * F) + 4 * (block if tokens > EXPERT_TOKENS else 0)
+    tiled = tokens > EXPERT_TOKENS  # then the weights' gradients are added up in fp32
+    experts = 2 * min(tokens, EXPERT_TOKENS) * k * (4 * C + 6 * F) + (4 * block if tiled else 0)
     loss = LOSS_ROWS * V * 2 + V * C * (4 + 2) + 2 * tokens * C
-    working = max(attention, experts, loss) + 2 * tokens * C * 4
     return {
         "weights": weight,
-        "gradients": gradient,
         "optimizer": moments,
+        "gradients, or activations kept for the backward": max(gradient, kept),
         "gathered by FSDP": gathered,
-        "kept for the backward": kept,
-        "working set": working,
+        "working set": max(attention, experts, loss) + 4 * 2 * tokens * C,
     }

@@ -14,7 +14,6 @@ micro_batch = 1
 
 optimizer = "split"  # 10 bytes a parameter with an exact fp32 master: 105 GB each; 16 would be 167
 recompute = "attention"
-offload = True
 
 steps = 200
 lr, warmup_steps = 1e-5, 20
