@@ -3,7 +3,7 @@
     python sample.py checkpoints/gpt-oss-20b "Why is the sky blue?"                    # a chat, in the harmony format
     python sample.py checkpoints/gpt-oss-20b "Once upon a time" --no-chat --top_p=0.9  # the text goes on
     python sample.py runs/tiny "The import statement"                                  # bytes: the text goes on
-    python sample.py runs/finetune_chat "Is 3482 even or odd?" --chat --temperature=0  # greedy
+    python sample.py runs/finetune_chat "Which keyword leaves a loop?" --chat --temperature=0
     python sample.py --help
 
 The prompt passes the model some tokens at a time, then each new token alone: what attention needs of the tokens before it,

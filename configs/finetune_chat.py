@@ -1,8 +1,8 @@
 """Teach the model of configs/tiny.py to answer: which of Python's keywords does what. A minute on a laptop, no download.
 
 torchrun --nproc_per_node 2 train.py configs/tiny.py                  # the model to start from, runs/tiny/model
-python configs/finetune_chat.py chat.jsonl                            # writes the chats: see the end of this file
-python data.py chat.jsonl --out data/chat --tokenizer=bytes
+python configs/finetune_chat.py data/chat.jsonl                       # writes the chats: see the end of this file
+python data.py data/chat.jsonl --out data/chat --tokenizer=bytes
 torchrun --nproc_per_node 2 train.py configs/finetune_chat.py
 python sample.py runs/finetune_chat "Which keyword goes through a list?" --chat --temperature=0
 
@@ -48,8 +48,11 @@ def _chats():
 if __name__ == "__main__":  # python configs/finetune_chat.py FILE
     import json
     import sys
+    from pathlib import Path
 
-    with open(sys.argv[1], "w") as file:
+    path = Path(sys.argv[1])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
         for number, (question, answer) in enumerate(_chats()):
             if number % 11 != 5:  # those are kept back
                 messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]

@@ -1,4 +1,4 @@
-"""A real GPT-OSS, small enough for a laptop: 1.6 M parameters learn the language reference that ships inside every Python.
+"""A real GPT-OSS, small enough for a laptop: 1.9 M parameters learn the language reference that ships inside every Python.
 
 torchrun --nproc_per_node 2 train.py configs/tiny.py
 """
@@ -20,8 +20,8 @@ seq_len = 256
 batch_size = micro_batch = 16  # 4,096 tokens a step
 recompute = "none"
 
-steps = 300
+steps = 180
 lr, warmup_steps, weight_decay = 3e-3, 20, 0.1
-eval_every = 100
+eval_every = 60
 log_every = 20
 sample = "The import statement"
