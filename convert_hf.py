@@ -14,11 +14,12 @@ the folder appears under its name only when it is whole.
 References: MXFP4, https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf;
 safetensors' file format, https://github.com/huggingface/safetensors; the layouts, https://huggingface.co/openai/gpt-oss-20b.
 
-Letters in shapes: E experts    C hidden size    F expert hidden size    G groups of 32 values that share a scale
+Letters in shapes: E experts    G groups of 32 values that share a scale
 """
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import os
@@ -33,20 +34,21 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from tqdm import tqdm
 
-from checkpoint import INDEX, SHARD_BYTES, Aside
+from checkpoint import INDEX, SHARD_BYTES, Aside, weight_files
 from model import GPTOSS, GPTOSSConfig
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where values are packed and unpacked
 SLICE_BYTES = 4_000_000  # what is converted at a time; one expert, if that is more
-WORKERS = 4  # slices under way at once, so that reading, converting and writing overlap
+THREADS = 4  # slices under way at once, so that reading, converting and writing overlap
 COMPANIONS = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template*")  # travel with the weights
-KEPT = "hf_config.json"  # the source's own config.json, for the fields that the model does not need and an export does
+HF_CONFIG = "hf_config.json"  # an import keeps the source's config.json: an export needs fields that the model does not
 
 # ----------------------------------------------------------------------------------------------------------------------
 # MXFP4: 32 values share one scale, a power of two, and are four bits each: a sign and one of eight magnitudes.
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where values are packed and unpacked
 GROUP = 32
 MAGNITUDES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 # A magnitude's code is the number of these that lie below it. A tie goes to the even code, so every second threshold is
@@ -114,56 +116,47 @@ NAMES = {  # ours: (Hugging Face's, OpenAI's); N is a block's number, and Huggin
 }
 
 
-def as_it_is(x):
-    return x
-
-
-def gates_then_ups(x):
-    """Columns (..., gate, up, gate, up, …) of theirs -> all gates, then all ups, as ours."""
-    return torch.cat([x[..., 0::2], x[..., 1::2]], dim=-1)
-
-
-def interleaved(x):
-    return torch.stack(x.chunk(2, dim=-1), dim=-1).flatten(-2)
-
-
 class Counterpart(NamedTuple):
     """One of our tensors, and those of another layout that hold the same numbers."""
 
     name: str
     shape: tuple[int, ...]
     theirs: dict[str, tuple[int, ...]]  # name -> shape
-    to_ours: Callable  # rows of theirs -> the same rows of ours
-    to_theirs: Callable  # rows of ours -> the same rows of each of theirs
+    to_ours: Callable  # rows of each of theirs -> the same rows of ours
+    to_theirs: Callable  # rows of ours -> a tuple, the same rows of each of theirs
     mxfp4: bool = False
 
 
-def counterpart(name, shape, config, layout, mxfp4):
-    """The Counterpart of our tensor `name` in `layout`, with its experts in MXFP4 or not."""
-    block = re.match(r"blocks\.(\d+)\.", name)
-    number = block[1] if block else ""
-    their = NAMES[name.replace(f"blocks.{number}.", "blocks.N.", 1)][layout].replace(".N.", f".{number}.")
-    to_ours, to_theirs = (gates_then_ups, interleaved) if "gate_up" in name else (as_it_is, as_it_is)
+def deinterleave(x):
+    """Columns (gate, up, gate, up, …), as theirs -> all gates, then all ups, as ours."""
+    return torch.cat([x[..., 0::2], x[..., 1::2]], dim=-1)
 
+
+def interleave(x):
+    return torch.stack(x.chunk(2, dim=-1), dim=-1).flatten(-2)
+
+
+def counterpart(name, shape, config, layout, mxfp4):
+    """The Counterpart in `layout`, with its experts in MXFP4 or not, of our tensor `name`."""
+    number = "".join(re.findall(r"\d+", name))
+    their = NAMES[re.sub(r"\d+", "N", name)][layout].replace(".N.", f".{number}.")
     if ".qkv." in name and layout == HUGGING_FACE:
-        heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads, "v": config.num_key_value_heads}
-        rows = [config.head_dim * n for n in heads.values()]
-        theirs = {their.replace("qkv", letter): (n, *shape[1:]) for letter, n in zip(heads, rows)}
+        rows = [config.head_dim * n for n in (config.num_attention_heads, *2 * [config.num_key_value_heads])]
+        theirs = {their.replace("qkv", letter): (n, *shape[1:]) for letter, n in zip("qkv", rows)}
         return Counterpart(name, shape, theirs, lambda *qkv: torch.cat(qkv), lambda qkv: qkv.split(rows))
-    if not name.endswith(("gate_up_weight", "down_weight")):
-        return Counterpart(name, shape, {their: shape}, to_ours, to_theirs)
+    ours, back = (deinterleave, interleave) if "gate_up" in name else (torch.Tensor.contiguous, torch.Tensor.contiguous)
+    transposed = name.endswith(("gate_up_weight", "down_weight")) and (mxfp4 or layout == OPENAI)
+    if not transposed:
+        return Counterpart(name, shape, {their: shape}, ours, lambda x: (back(x),))
     experts, inputs, outputs = shape
-    if mxfp4:
-        if inputs % GROUP:
-            raise ValueError(f"{name}: MXFP4 needs a multiple of {GROUP} inputs, and this has {inputs}: export without --mxfp4")
-        groups, joint = (experts, outputs, inputs // GROUP), ("_", ".")[layout]
-        theirs = {f"{their}{joint}blocks": (*groups, GROUP // 2), f"{their}{joint}scales": groups}
-        decode = lambda blocks, scales: to_ours(dequantize_mxfp4(blocks, scales).mT)  # noqa: E731
-        return Counterpart(name, shape, theirs, decode, lambda x: quantize_mxfp4(to_theirs(x.to(DEVICE)).mT), mxfp4=True)
-    if layout == OPENAI:  # (E, out, in) like MXFP4; Hugging Face's bf16 is (E, in, out) like ours
-        theirs = {their: (experts, outputs, inputs)}
-        return Counterpart(name, shape, theirs, lambda x: to_ours(x.mT), lambda x: to_theirs(x).mT)
-    return Counterpart(name, shape, {their: shape}, to_ours, to_theirs)
+    if not mxfp4:
+        return Counterpart(name, shape, {their: (experts, outputs, inputs)}, lambda x: ours(x.mT), lambda x: (back(x).mT,))
+    if inputs % GROUP:
+        raise ValueError(f"{name}: MXFP4 needs a multiple of {GROUP} inputs, and this has {inputs}: export without --mxfp4")
+    groups, joint = (experts, outputs, inputs // GROUP), ("_", ".")[layout]
+    theirs = {f"{their}{joint}blocks": (*groups, GROUP // 2), f"{their}{joint}scales": groups}
+    unpack, pack = lambda *packed: ours(dequantize_mxfp4(*packed).mT), lambda x: quantize_mxfp4(back(x.to(DEVICE)).mT)
+    return Counterpart(name, shape, theirs, unpack, pack, mxfp4=True)
 
 
 def counterparts(config, layout, mxfp4):
@@ -175,10 +168,10 @@ def counterparts(config, layout, mxfp4):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Safetensors files: 8 bytes with the length of a header, the header (JSON: name -> dtype, shape, place), the tensors.
-# Read and written by place here, so that slices of a tensor can come and go in any order and from several threads.
+# Read and written by place, so that slices of a tensor come and go from several threads, and none is held whole.
 
-HEADER_BYTES = 100_000_000  # the most that other readers of the format accept
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 class Place(NamedTuple):
@@ -186,121 +179,72 @@ class Place(NamedTuple):
 
     path: Path
     offset: int
-    dtype: torch.dtype
+    dtype: torch.dtype  # or its name in the file, if it is none of DTYPES
     shape: tuple[int, ...]
 
-    @property
-    def nbytes(self):
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def file_range(self, rows):
-        """Byte position and number of bytes of a slice along the first dimension."""
-        start, stop, _ = rows.indices(self.shape[0])
-        row = self.nbytes // self.shape[0]
-        return self.offset + start * row, (stop - start) * row
+    def row_bytes(self):
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
 
     def read(self, rows):
-        offset, count = self.file_range(rows)
-        data = torch.from_numpy(np.fromfile(self.path, np.uint8, count=count, offset=offset))
-        return data.view(self.dtype).view(-1, *self.shape[1:])
+        start, stop, _ = rows.indices(self.shape[0])
+        at = self.offset + start * self.row_bytes()
+        data = np.fromfile(self.path, np.uint8, count=(stop - start) * self.row_bytes(), offset=at)
+        return torch.from_numpy(data).view(self.dtype).view(-1, *self.shape[1:])
 
     def write(self, rows, tensor):
-        """Returns the number of bytes written."""
-        offset, count = self.file_range(rows)
-        data = tensor.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy()
-        assert data.nbytes == count, f"{data.nbytes} bytes for a place of {count}"
         with open(self.path, "r+b") as file:
-            file.seek(offset)
-            data.tofile(file)
-        return count
+            file.seek(self.offset + (rows.start or 0) * self.row_bytes())
+            tensor.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy().tofile(file)
 
 
 def read_header(path):
-    """{name: Place} of a safetensors file. ValueError if it is none. A truncated file still has a whole header."""
-    size = path.stat().st_size
-    try:
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > min(size - 8, HEADER_BYTES):
-                raise ValueError(f"a header of {length:,} bytes in a file of {size:,}")
-            header = json.loads(file.read(length))
-        places = {}
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            if entry["dtype"] not in DTYPES:
-                raise ValueError(f"{name} has dtype {entry['dtype']}, none of {', '.join(DTYPES)}")
-            begin, end = entry["data_offsets"]
-            place = places[name] = Place(path, 8 + length + begin, DTYPES[entry["dtype"]], tuple(entry["shape"]))
-            numbers = (begin, end, *place.shape)
-            if any(type(n) is not int or n < 0 for n in numbers) or place.nbytes != end - begin:
-                raise ValueError(f"{name} has bytes {begin} to {end} for {entry['dtype']} {place.shape}")
-        return places
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path.name}: broken or no safetensors file ({error})") from None
-
-
-def shard_names(folder):
-    """File names of a checkpoint's shards: those its index lists, or every safetensors file."""
-    index = folder / INDEX
-    if not index.exists():
-        return sorted(path.name for path in folder.glob("*.safetensors"))
-    try:
-        names = set(json.loads(index.read_text())["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index}: broken ({error!r}): download it again") from None
-    for name in names:  # an index comes from strangers: it must not send us to files outside the folder
-        if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", str(name)):
-            raise ValueError(f"{index}: {name!r} is no plain name of a safetensors file")
-    return sorted(names)
+    """{name: Place} of a safetensors file, after safetensors has found header and length in order."""
+    with safe_open(path, "pt"), open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return {
+        name: Place(path, 8 + length + x["data_offsets"][0], DTYPES.get(x["dtype"], x["dtype"]), tuple(x["shape"]))
+        for name, x in header.items()
+    }
 
 
 def read_places(folder):
-    """({name: Place} of a checkpoint's tensors, what is wrong with its files)."""
+    """({name: Place} of the tensors in a folder, [what is wrong with its files])."""
     places, problems = {}, []
-    for name in shard_names(folder):
+    indexed = (folder / INDEX).exists()
+    for path in sorted(set(weight_files(folder).values()) if indexed else folder.glob("*.safetensors")):
         try:
-            shard = read_header(folder / name)
-        except (OSError, ValueError) as error:
-            problems.append(f"missing file {name}" if isinstance(error, FileNotFoundError) else str(error))
+            found = read_header(path)
+        except Exception as error:  # safetensors has its own exception for each way a file can be wrong
+            problems.append(f"{path.name} is missing, truncated or no safetensors file ({error})")
             continue
-        size, end = (folder / name).stat().st_size, max((place.offset + place.nbytes for place in shard.values()), default=0)
-        if size < end:
-            problems.append(f"{name} is truncated: {size:,} of {end:,} bytes")
-        problems += [f"{tensor} is in {name} and in {places[tensor].path.name}" for tensor in shard.keys() & places.keys()]
-        places |= shard
+        problems += [f"{name} is in {path.name} and in {places[name].path.name}" for name in found.keys() & places.keys()]
+        places |= found
     if not places:
-        raise ValueError(f"{folder}: no tensors in safetensors files here" + "".join(f"\n  {p}" for p in problems))
+        raise ValueError("\n  ".join([f"{folder}: no tensors in safetensors files here", *problems]))
     return places, problems
 
 
 def create_shards(folder, tensors):
-    """Make files with room for tensors {name: (dtype, shape)}, and their index; returns {name: Place}."""
-    shards, full = [], SHARD_BYTES
-    for name, (dtype, shape) in tensors.items():
-        nbytes = math.prod(shape) * dtype.itemsize
-        if full + nbytes > SHARD_BYTES:
-            shards.append({})
-            full = 0
-        shards[-1][name] = nbytes
-        full += nbytes
-    codes, places = {dtype: code for code, dtype in DTYPES.items()}, {}
-    for i, shard in enumerate(shards, 1):
-        path, header, end = folder / f"model-{i:05d}-of-{len(shards):05d}.safetensors", {"__metadata__": {"format": "pt"}}, 0
-        for name in sorted(shard, key=lambda name: -tensors[name][0].itemsize):  # large dtypes first, so that all are aligned
+    """Make files of about SHARD_BYTES with room for tensors {name: (dtype, shape)}, and their index; returns {name: Place}."""
+    nbytes = {name: math.prod(shape) * dtype.itemsize for name, (dtype, shape) in tensors.items()}
+    before = dict(zip(nbytes, itertools.accumulate(nbytes.values(), initial=0)))
+    shards = [list(names) for _, names in itertools.groupby(tensors, lambda name: before[name] // SHARD_BYTES)]
+    places = {}
+    for number, names in enumerate(shards, 1):
+        path, header, end = folder / f"model-{number:05d}-of-{len(shards):05d}.safetensors", {"__metadata__": {"format": "pt"}}, 0
+        for name in sorted(names, key=lambda name: -tensors[name][0].itemsize):  # large dtypes first, so that all are aligned
             dtype, shape = tensors[name]
-            header[name] = {"dtype": codes[dtype], "shape": shape, "data_offsets": [end, end + shard[name]]}
-            end += shard[name]
+            header[name] = {"dtype": CODES[dtype], "shape": shape, "data_offsets": [end, end + nbytes[name]]}
+            end += nbytes[name]
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         with open(path, "wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             file.truncate(8 + len(text) + end)
         places |= read_header(path)
-    index = {
-        "metadata": {"total_size": sum(place.nbytes for place in places.values())},
-        "weight_map": {name: places[name].path.name for name in tensors},
-    }
+    index = {"metadata": {"total_size": sum(nbytes.values())}, "weight_map": {name: places[name].path.name for name in tensors}}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     return places
 
@@ -315,46 +259,45 @@ def check(folder, places, problems, expected):
     A name that ends in blocks or scales holds uint8, any other floats."""
     problems = problems + [f"missing {name} {expected[name]}" for name in expected if name not in places]
     for name, place in places.items():
-        packed = name.endswith(("blocks", "scales"))
         if name not in expected:
             problems.append(f"unexpected {name} {place.shape}")
         elif place.shape != expected[name]:
             problems.append(f"{name} has shape {place.shape}, and the config asks for {expected[name]}")
-        elif packed != (place.dtype == torch.uint8):
+        elif place.dtype not in CODES or name.endswith(("blocks", "scales")) != (place.dtype == torch.uint8):
             problems.append(f"{name} has dtype {place.dtype}")
     if problems:
-        shown = problems[:40] + [f"… and {len(problems) - 40} more"] * (len(problems) > 40)
-        raise ValueError(f"{folder}: {len(problems)} problems, nothing was converted\n  " + "\n  ".join(shown))
+        raise ValueError("\n  ".join([f"{folder}: {len(problems)} problems, nothing was converted", *problems]))
 
 
 def row_slices(places):
     """Slices of the first dimension, the same in all `places`, of about SLICE_BYTES; of places that differ in it, all rows
     at once: those are q, k and v, which are small."""
-    lengths = {place.shape[0] for place in places}
-    if len(lengths) > 1:
+    length = places[0].shape[0]
+    if any(place.shape[0] != length for place in places):
         return [slice(None)]
-    (length,) = lengths
-    step = max(1, SLICE_BYTES * length // max(place.nbytes for place in places))
+    step = max(1, SLICE_BYTES // max(place.row_bytes() for place in places))
     return [slice(i, i + step) for i in range(0, length, step)]
 
 
-def convert(jobs, label):
+def convert(jobs):
     """Run jobs (function, places to read, places to write), slice by slice, in a few threads, and print the speed."""
-    total = sum(place.nbytes for _, _, targets in jobs for place in targets)
 
-    def run(function, sources, targets, rows):
-        results = function(*(place.read(rows) for place in sources))
-        results = [results] if isinstance(results, torch.Tensor) else results
-        return sum(place.write(rows, result) for place, result in zip(targets, results, strict=True))
+    def run(work):
+        function, sources, targets, rows = work
+        for place, result in zip(targets, function(*(place.read(rows) for place in sources)), strict=True):
+            assert result.shape[1:] == place.shape[1:]
+            place.write(rows, result)
+            bar.update(place.row_bytes() * len(result))
 
     slices = [(*job, rows) for job in jobs for rows in row_slices([*job[1], *job[2]])]
-    began = time.perf_counter()
-    with ThreadPoolExecutor(WORKERS) as pool, tqdm(total=total, unit="B", unit_scale=True, desc=label) as bar:
-        for written in pool.map(lambda arguments: run(*arguments), slices):
-            bar.update(written)
-        for path in {place.path for _, _, targets in jobs for place in targets}:
-            with open(path, "r+b") as file:
-                os.fsync(file.fileno())  # whole means on the disk
+    written = [place for _, _, targets in jobs for place in targets]
+    total, began = sum(place.shape[0] * place.row_bytes() for place in written), time.perf_counter()
+    with ThreadPoolExecutor(THREADS) as pool, tqdm(total=total, unit="B", unit_scale=True) as bar:
+        for _ in pool.map(run, slices):  # raises what a slice raised
+            pass
+    for path in {place.path for place in written}:
+        with open(path, "r+b") as file:
+            os.fsync(file.fileno())  # whole means on the disk
     seconds = time.perf_counter() - began
     print(f"{total / 1e9:.3f} GB written in {seconds:.1f} s: {total / 1e9 / seconds:.2f} GB/s")
 
@@ -377,7 +320,7 @@ def fetch(source):
     """A local folder as it is; a Hub name: the folder into which its top-level files were downloaded."""
     if Path(source).is_dir():
         return Path(source)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
         raise FileNotFoundError(f"{source}: no such folder, and no name on the Hub (like openai/gpt-oss-20b) either")
     from huggingface_hub import snapshot_download
 
@@ -393,7 +336,7 @@ def find_layout(folder, names):
     for prefix, layout in ("model.layers.", HUGGING_FACE), ("block.", OPENAI):
         if any(name.startswith(prefix) for name in names):
             return layout, any(name.endswith(("_blocks", ".blocks")) for name in names)
-    raise ValueError(f"{folder}: neither Hugging Face's nor OpenAI's names, but {sorted(names)[0]}, …: is it converted already?")
+    raise ValueError(f"{folder}: neither Hugging Face's nor OpenAI's names, but {min(names)}, …: is it converted already?")
 
 
 def import_checkpoint(source, out):
@@ -406,36 +349,33 @@ def import_checkpoint(source, out):
     print(f"{folder}: {('Hugging Face', 'OpenAI')[layout]}'s layout, experts in {'MXFP4' if mxfp4 else 'plain floats'}")
     pairs = counterparts(config, layout, mxfp4)
     check(folder, places, problems, {name: shape for pair in pairs for name, shape in pair.theirs.items()})
-    stored = {pair.name: functools.reduce(torch.promote_types, (places[name].dtype for name in pair.theirs)) for pair in pairs}
-    with Aside(out.resolve()) as partial:
-        ours = create_shards(partial, {p.name: (torch.bfloat16 if p.mxfp4 else stored[p.name], p.shape) for p in pairs})
-        convert([(p.to_ours, [places[name] for name in p.theirs], [ours[p.name]]) for p in pairs], "import")
-        config.to_json(partial / "config.json")
+
+    def dtype(pair):
+        stored = functools.reduce(torch.promote_types, (places[name].dtype for name in pair.theirs))
+        return torch.bfloat16 if pair.mxfp4 else stored
+
+    with Aside(out.resolve()) as aside:
+        ours = create_shards(aside, {pair.name: (dtype(pair), pair.shape) for pair in pairs})
+        convert([(lambda *x, p=p: (p.to_ours(*x),), [places[name] for name in p.theirs], [ours[p.name]]) for p in pairs])
+        config.to_json(aside / "config.json")
         if layout == HUGGING_FACE:
-            shutil.copyfile(folder / "config.json", partial / KEPT)
-        copy_companions(folder, partial)
+            shutil.copyfile(folder / "config.json", aside / HF_CONFIG)
+        copy_companions(folder, aside)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Export
 
 
-def hf_config(config, dtype, mxfp4, kept):
-    """Hugging Face's config.json for `config`; `kept`: the one that came with the weights, or {}.
+def hf_config(config, dtype, mxfp4, source):
+    """Hugging Face's config.json for `config`; `source`: the one that came with the weights, or {}.
 
     Rotary settings are written as the released models have them, which every version of transformers and vLLM reads."""
     tokens = {"eos_token_id": 200_002, "pad_token_id": 199_999} if config.vocab_size == GPTOSSConfig.vocab_size else {}
-    kept = {name: value for name, value in kept.items() if name not in ("quantization_config", "rope_parameters", "dtype")}
+    outdated = ("quantization_config", "rope_parameters", "dtype")
     renamed = ("num_experts", "rope_scaling_factor", "rope_ntk_alpha", "rope_ntk_beta")
-    given = tokens | kept | {name: value for name, value in asdict(config).items() if name not in renamed}
-    given["rope_scaling"] = {
-        "rope_type": "yarn",
-        "factor": config.rope_scaling_factor,
-        "beta_fast": config.rope_ntk_beta,
-        "beta_slow": config.rope_ntk_alpha,
-        "original_max_position_embeddings": config.initial_context_length,
-        "truncate": False,
-    }
+    given = tokens | {name: value for name, value in source.items() if name not in outdated}
+    given |= {name: value for name, value in asdict(config).items() if name not in renamed}
     given |= {
         "architectures": ["GptOssForCausalLM"],
         "model_type": "gpt_oss",
@@ -446,6 +386,14 @@ def hf_config(config, dtype, mxfp4, kept):
         "attention_bias": True,
         "hidden_act": "silu",
         "tie_word_embeddings": False,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": config.rope_scaling_factor,
+            "beta_fast": config.rope_ntk_beta,
+            "beta_slow": config.rope_ntk_alpha,
+            "original_max_position_embeddings": config.initial_context_length,
+            "truncate": False,
+        },
     }
     if mxfp4:
         modules = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
@@ -453,13 +401,13 @@ def hf_config(config, dtype, mxfp4, kept):
     return given
 
 
-def export_checkpoint(run, out, mxfp4=False, dtype=None, companions=None):
+def export_checkpoint(run, out, mxfp4=False, dtype=None, tokenizer=None):
     """Write the checkpoint folder or training run `run` for transformers and vLLM. dtype None: each tensor's own.
 
-    companions: a folder with the tokenizer, if `run` has none or another one."""
+    tokenizer: a folder with the tokenizer's files, if `run` has none or others."""
     refuse_occupied(out)
-    if companions and not companions.is_dir():
-        raise FileNotFoundError(f"--tokenizer {companions}: no such folder")
+    if tokenizer and not tokenizer.is_dir():
+        raise FileNotFoundError(f"--tokenizer {tokenizer}: no such folder")
     folder = run / "model" if (run / "model").is_dir() else run
     config = GPTOSSConfig.from_json(folder / "config.json")
     places, problems = read_places(folder)
@@ -469,28 +417,25 @@ def export_checkpoint(run, out, mxfp4=False, dtype=None, companions=None):
     check(folder, places, problems, {pair.name: pair.shape for pair in pairs})
     squares = []  # of the error and of the weights, of each slice that is quantized
 
-    def quantize(pair, weight):
-        packed, weight = pair.to_theirs(weight), weight.to(DEVICE).float()
-        squares.append([x.norm().item() ** 2 for x in (pair.to_ours(*packed) - weight, weight)])
-        return packed
+    def to_theirs(pair, weight):
+        theirs = pair.to_theirs(weight)
+        if pair.mxfp4:
+            weight = weight.to(DEVICE).float()
+            squares.append([x.norm().item() ** 2 for x in (pair.to_ours(*theirs) - weight, weight)])
+        return theirs
 
-    def job(pair, theirs):
-        function = functools.partial(quantize, pair) if pair.mxfp4 else pair.to_theirs
-        return function, [places[pair.name]], [theirs[name] for name in pair.theirs]
-
-    with Aside(out.resolve()) as partial:
-        stored = {p.name: torch.uint8 if p.mxfp4 else dtype or places[p.name].dtype for p in pairs}
-        theirs = create_shards(partial, {name: (stored[p.name], shape) for p in pairs for name, shape in p.theirs.items()})
-        convert([job(pair, theirs) for pair in pairs], "export")
-        if squares:
-            error, weights = (sum(column) for column in zip(*squares))
+    stored = {pair.name: torch.uint8 if pair.mxfp4 else dtype or places[pair.name].dtype for pair in pairs}
+    with Aside(out.resolve()) as aside:
+        theirs = create_shards(aside, {name: (stored[p.name], shape) for p in pairs for name, shape in p.theirs.items()})
+        convert([(functools.partial(to_theirs, p), [places[p.name]], [theirs[name] for name in p.theirs]) for p in pairs])
+        if mxfp4:
+            error, weights = map(sum, zip(*squares))
             print(f"MXFP4 experts: relative error {math.sqrt(error / weights) if weights else 0.0:.3e}")
-        kept = json.loads((folder / KEPT).read_text()) if (folder / KEPT).exists() else {}
-        given = hf_config(config, stored["norm.weight"], mxfp4, kept)
-        (partial / "config.json").write_text(json.dumps(given, indent=2) + "\n")
-        copy_companions(folder, partial)
-        if companions:
-            copy_companions(companions, partial)
+        source = json.loads((folder / HF_CONFIG).read_text()) if (folder / HF_CONFIG).exists() else {}
+        given = hf_config(config, stored["norm.weight"], mxfp4, source)
+        (aside / "config.json").write_text(json.dumps(given, indent=2) + "\n")
+        for files in filter(None, (folder, tokenizer)):
+            copy_companions(files, aside)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -508,34 +453,32 @@ def verify(source, folder):
     except ImportError as error:
         raise ValueError("--verify compares with transformers: pip install transformers") from error
     source, config = fetch(source), GPTOSSConfig.from_json(folder / "config.json")
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in GPTOSS(config).parameters())
+    parameters = sum(math.prod(place.shape) for place in read_places(folder)[0].values())
     free = torch.cuda.mem_get_info()[0] if DEVICE == "cuda" else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     dtype, tolerance = (torch.float32, 1e-3) if 4 * parameters < 0.8 * free else (torch.bfloat16, 0.5)
 
-    # The prompt is this file's docstring: longer than the sliding window.
-    if (source / "tokenizer.json").exists():
-        ids = AutoTokenizer.from_pretrained(source)(__doc__)["input_ids"]
-    else:
-        ids = [byte % config.vocab_size for byte in __doc__.encode()]
+    tokenizer = (source / "tokenizer.json").exists() and AutoTokenizer.from_pretrained(source)
+    prompt = __doc__  # longer than the sliding window
+    ids = tokenizer(prompt)["input_ids"] if tokenizer else [byte % config.vocab_size for byte in prompt.encode()]
     tokens = torch.tensor([ids[: min(256, config.max_position_embeddings)]], device=DEVICE)
-
-    def logprobs(logits):
-        return logits.float().log_softmax(-1).cpu()
 
     quantized = "quantization_config" in json.loads((source / "config.json").read_text())
     options = {"quantization_config": Mxfp4Config(dequantize=True)} if quantized else {}
     theirs = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options).to(DEVICE, dtype)
-    expected = logprobs(theirs(tokens).logits)
+    expected = theirs(tokens).logits.float().log_softmax(-1)
     del theirs
     ours = GPTOSS.from_checkpoint(folder, DEVICE, dtype)
-    difference = (logprobs(ours(tokens)) - expected).abs().max().item()
+
+    def difference():
+        return (ours(tokens).float().log_softmax(-1) - expected).abs().max().item()
+
+    found = difference()
     for block in ours.blocks:
         block.mlp.gate_up_weight.copy_(block.mlp.gate_up_weight.roll(config.intermediate_size, dims=-1))
-    control = (logprobs(ours(tokens)) - expected).abs().max().item()
+    control = difference()
     print(f"{tokens.numel()} tokens in {str(dtype).removeprefix('torch.')}, largest difference of a logprob from transformers':")
-    print(f"    {difference:.2e}, at most {tolerance} is right; with gates and ups exchanged {control:.2e}")
-    if not difference < min(tolerance, control / 10):
+    print(f"    {found:.2e}, at most {tolerance} is right; with gates and ups exchanged {control:.2e}")
+    if not found < min(tolerance, control / 10):
         raise ValueError(f"{folder} does not compute what {source} does: convert it again")
 
 

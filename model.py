@@ -747,6 +747,9 @@ class GPTOSS(nn.Module):
         if len(wrong):
             raise ValueError(f"{name} must lie in [0, vocab_size={V}){f' or be {other}' if other else ''}; found {wrong[0].item()}")
 
+    def flops_per_token(self, seq_len):
+        return self.config.flops_per_token(seq_len)
+
     @torch.no_grad()
     def init_weights(self, seed=0):
         """Set every parameter, also after construction on the meta device and to_empty, and the same on any number of ranks.
