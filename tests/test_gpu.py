@@ -5,6 +5,7 @@ A kernel in bf16 is right if it is as near to the definition in fp64 as the defi
 
 import functools
 import os
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -25,7 +26,9 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import model as model_module
 import sp
+from memory import HostMemory, SplitAdamW, join
 from model import GPTOSS, CudnnSinkAttention, block_mask, cudnn_refuses, dense_attention, flex_sink_attention
+from sample import generate
 
 pytestmark = pytest.mark.gpu
 CUDA, GIB = torch.device("cuda"), 2**30
@@ -277,6 +280,61 @@ def test_loss(dtype, tolerance, monkeypatch):
             grads = torch.autograd.grad(out, (a, b), torch.ones_like(out) if kind == "loss" else scale.to(out.dtype))
             outputs.append(dict(zip(["out", "x", "weight"], (out, *grads))))
         assert_all_close(*outputs, tolerance)
+
+
+@pytest.mark.parametrize("recompute", ["all", "attention"])
+def test_host_memory(recompute):
+    """Block inputs that waited in host memory give the same gradients, and while they wait the GPU does not hold them."""
+    config = small_config(num_hidden_layers=8)
+    model = noise_(GPTOSS(config, recompute)).to(CUDA, torch.bfloat16)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # FlexAttention everywhere: two runs can be compared bit by bit
+    try:
+        tokens, targets = (x.to(CUDA) for x in batch(config, 2, 4096))
+        kept, outcomes = [], []
+        for place in (nullcontext, HostMemory):
+            for _ in range(2):  # the first compiles
+                model.zero_grad()
+                before = torch.cuda.memory_allocated()
+                with place():
+                    loss = model(tokens, targets)
+                torch.cuda.synchronize()
+                kept.append(torch.cuda.memory_allocated() - before)
+                loss.backward()
+            outcomes.append({"loss": loss.detach(), **gradients(model)})
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(outcomes[0][name], outcomes[1][name]) for name in outcomes[0])
+    one_input = tokens.numel() * config.hidden_size * 2
+    assert kept[1] - kept[3] >= 7 * one_input, (kept, one_input)
+
+
+def test_split_optimizer():
+    """The compiled update gives the CPU's numbers."""
+    generator = torch.Generator().manual_seed(0)
+    start, *grads = (torch.randn(1000, generator=generator).bfloat16() for _ in range(6))
+    ends = []
+    for device in ("cpu", "cuda"):
+        parameter = start.to(device, copy=True).requires_grad_()
+        optimizer = SplitAdamW([parameter], lr=1e-3, weight_decay=0.1)
+        for grad in grads:
+            parameter.grad = grad.to(device)
+            optimizer.step()
+        ends.append(join(parameter.detach(), optimizer.state[parameter]["rest"]).cpu())
+    assert relative(*ends) <= 1e-6
+    assert relative(ends[0], start) >= 1e-4
+
+
+def test_generation():
+    """Greedy tokens on the GPU are the CPU's, and the cache's those without it."""
+    config = small_config(sliding_window=16)
+    prompt = batch(config, 1, 50)[0][0].tolist()
+    model = noise_(GPTOSS(config))
+    expected = list(generate(model, prompt, 20, temperature=0.0))
+    model.to(CUDA)
+    assert list(generate(model, prompt, 20, temperature=0.0, prompt_tokens=7)) == expected
+    with torch.no_grad():
+        tokens = torch.tensor([prompt + expected], device=CUDA)
+        assert model(tokens)[0, len(prompt) - 1 : -1].argmax(-1).tolist() == expected
 
 
 # ----------------------------------------------------------------------------------------------------------------------
