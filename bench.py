@@ -740,7 +740,6 @@ def deterministic_section(options, config, results):
     say_row(ROW)
     for deterministic in False, True:
         torch.use_deterministic_algorithms(deterministic)
-        gptoss.cudnn_refuses.cache_clear()  # its answer depends on the mode
         (row,) = rows_of("ours", model, config, [S], options.recompute)
         results.add("rows", row | {"deterministic": deterministic})
         say_row(ROW, row)

@@ -3,7 +3,7 @@
     python convert_hf.py openai/gpt-oss-20b                        # Hub name or local folder -> checkpoints/gpt-oss-20b
     python convert_hf.py my-download --out my-folder               # the same, from a folder, to a place of your choice
     python convert_hf.py openai/gpt-oss-20b --verify               # ours against transformers' on one prompt
-    python convert_hf.py --export runs/my-run --out my-model       # -> a folder that transformers and vLLM load
+    python convert_hf.py --export runs/my-run --out my-model       # -> a folder that transformers loads
     python convert_hf.py --export runs/my-run --out my-model --mxfp4
 
 Three layouts are read: Hugging Face's with its experts in bf16 or in MXFP4, and OpenAI's own (`original/` on the Hub).
@@ -370,7 +370,7 @@ def import_checkpoint(source, out):
 def hf_config(config, dtype, mxfp4, source):
     """Hugging Face's config.json for `config`; `source`: the one that came with the weights, or {}.
 
-    Rotary settings are written as the released models have them, which every version of transformers and vLLM reads."""
+    Rotary settings are written as the released models have them, which every version of transformers reads."""
     tokens = {"eos_token_id": 200_002, "pad_token_id": 199_999} if config.vocab_size == GPTOSSConfig.vocab_size else {}
     outdated = ("quantization_config", "rope_parameters", "dtype")
     renamed = ("num_experts", "rope_scaling_factor", "rope_ntk_alpha", "rope_ntk_beta")
@@ -402,7 +402,7 @@ def hf_config(config, dtype, mxfp4, source):
 
 
 def export_checkpoint(run, out, mxfp4=False, dtype=None, tokenizer=None):
-    """Write the checkpoint folder or training run `run` for transformers and vLLM. dtype None: each tensor's own.
+    """Write the checkpoint folder or training run `run` for others to load. dtype None: each tensor's own.
 
     tokenizer: a folder with the tokenizer's files, if `run` has none or others."""
     refuse_occupied(out)
@@ -505,7 +505,7 @@ def main(arguments=None):
         if options.export:
             dtype = getattr(torch, options.dtype) if options.dtype else None
             export_checkpoint(options.export, options.out, options.mxfp4, dtype, options.tokenizer)
-            print(f"{options.out} is ready for transformers and vLLM")
+            print(f"{options.out} is ready: transformers loads it, and its layout is the released model's")
             return
         out = options.out or Path("checkpoints") / Path(options.source).resolve().name
         if not (options.verify and (out / "config.json").exists()):

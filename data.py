@@ -34,7 +34,7 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
-NOT_COUNTED = -100  # as a target: no loss here
+IGNORED = -100  # a target that the loss does not count, as in model.py
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -447,14 +447,14 @@ class TokenData:
         of one piece is all zeros, and needs no mask but the causal one."""
         shape = (len(indices), self.seq_len)
         tokens, documents = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-        targets = np.full(shape, NOT_COUNTED, np.int64)
+        targets = np.full(shape, IGNORED, np.int64)
         for b, index in enumerate(indices):
             starts, lengths = self.pieces(index)
             firsts = np.cumsum(lengths) - lengths  # the place of each piece in the row
             filled = lengths.sum()
             where = np.arange(filled) + np.repeat(starts - firsts, lengths)  # in the stream
             tokens[b, :filled] = self.stream[where]
-            targets[b, :filled] = np.where(self.counted_stream[where + 1], self.stream[where + 1].astype(np.int64), NOT_COUNTED)
+            targets[b, :filled] = np.where(self.counted_stream[where + 1], self.stream[where + 1].astype(np.int64), IGNORED)
             documents[b] = np.searchsorted(firsts, np.arange(self.seq_len), side="right") - 1
         return torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(documents)
 

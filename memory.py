@@ -1,8 +1,11 @@
 """What makes a large model fit: Adam in ten bytes a parameter, layer inputs in host memory, and the arithmetic before a run.
 
 Training with an fp32 master copy and fp32 moments takes 16 bytes a parameter: weight 4, gradient 4, moments 8. For gpt-oss-20b
-that is 335 GB. `SplitAdamW` takes 10 and loses no update: 2 bf16 weight, 2 the rest of the fp32 master, 2 gradient, 4 moments.
+that is 335 GB. `SplitAdamW` takes 10 and loses no update to the rounding of weights: 2 bf16 weight, 2 the rest of the fp32 master,
+2 gradient, 4 moments. The gradients of several micro-batches add up in bf16.
 """
+
+import functools
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -60,6 +63,7 @@ class SplitAdamW(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
+            numbers = {}  # that change from step to step are tensors, or each would be compiled into a kernel of its own
             for p in group["params"]:
                 if p.grad is None:
                     continue
@@ -68,9 +72,10 @@ class SplitAdamW(torch.optim.Optimizer):
                 steps = state["step"].item()
                 tensors = (p, state["rest"], p.grad, state["exp_avg"], state["exp_avg_sq"])
                 tensors = [(t.to_local() if isinstance(t, DTensor) else t).flatten() for t in tensors]
-                # numbers that change from step to step are tensors, or each would be compiled into a kernel of its own
-                numbers = torch.tensor([group["lr"], 1 - beta1**steps, 1 - beta2**steps], device=tensors[0].device)
-                lr, correction1, correction2 = numbers.unbind()
+                if steps not in numbers:
+                    values = [group["lr"], 1 - beta1**steps, 1 - beta2**steps]
+                    numbers[steps] = torch.tensor(values, device=tensors[0].device).unbind()
+                lr, correction1, correction2 = numbers[steps]
                 update, decay = self.update[p.device.type], group["weight_decay"]
                 update(*tensors, lr, beta1, beta2, group["eps"], decay, correction1, correction2)
 
@@ -88,8 +93,8 @@ class HostMemory(saved_tensors_hooks):
 
     def __init__(self):
         super().__init__(self.pack, self.unpack)
-        self.stream = torch.cuda.Stream()
-        self.host, self.back = [], {}  # copies in host memory, in the order of the forward; those on their way back
+        self.stream = copy_stream()
+        self.host, self.leaving, self.back = [], [], {}  # in host memory, in the forward's order; on their way there, and back
 
     def pack(self, x):
         if not x.is_cuda or x.dim() != 3 or not x.is_floating_point():
@@ -98,27 +103,40 @@ class HostMemory(saved_tensors_hooks):
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             host.copy_(x, non_blocking=True)
-        x.record_stream(self.stream)  # its memory may be used again only after the copy
+            self.leaving.append((x, self.stream.record_event()))
+        if len(self.leaving) > 1:  # the computation waits for the copy before this one, whose source then is free
+            _, copied = self.leaving.pop(0)
+            torch.cuda.current_stream().wait_event(copied)
         self.host.append(host)
         return len(self.host) - 1
 
     def unpack(self, kept):
         if torch.is_tensor(kept):
             return kept
+        if self.leaving:
+            torch.cuda.current_stream().wait_stream(self.stream)
+            self.leaving.clear()
         self.fetch(kept)
         self.fetch(kept - 1)
         x, arrived = self.back.pop(kept)
         torch.cuda.current_stream().wait_event(arrived)
-        x.record_stream(torch.cuda.current_stream())
         self.host[kept] = None
         return x
 
     def fetch(self, kept):
         if kept < 0 or kept in self.back or self.host[kept] is None:
             return
+        x = torch.empty(self.host[kept].shape, dtype=self.host[kept].dtype, device="cuda")
+        self.stream.wait_stream(torch.cuda.current_stream())  # what used this memory before is done
         with torch.cuda.stream(self.stream):
-            x = self.host[kept].to("cuda", non_blocking=True)
+            x.copy_(self.host[kept], non_blocking=True)
             self.back[kept] = x, self.stream.record_event()
+
+
+@functools.cache
+def copy_stream():
+    """One for the process: PyTorch has 32 to hand out, some of them to FSDP and NCCL."""
+    return torch.cuda.Stream()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -127,11 +145,12 @@ class HostMemory(saved_tensors_hooks):
 BYTES = {"fp32": (4, 4, 8), "split": (2, 2, 6), "bf16": (2, 2, 4)}  # of a parameter: weight, gradient, optimizer
 
 
-def estimate(config, *, parameters, ranks, sp, replicas, seq_len, micro_batch, optimizer, recompute, offload):
+def estimate(config, *, parameters, ranks, sp, replicas, seq_len, micro_batch, optimizer, recompute, offload, micro_batches=1):
     """Peak memory of one rank in training: {what for: bytes}, which add up to the peak. Counted by hand from model.py, for a
     computation in bf16.
 
-    The backward frees what the forward kept, block by block, as it makes the gradients: only the larger of the two counts."""
+    The backward frees what the forward kept, block by block, as it makes the gradients, so in a step's first micro-batch only
+    the larger of the two counts; in later ones the gradients are there already."""
     C, F, V, L = config.hidden_size, config.intermediate_size, config.vocab_size, config.num_hidden_layers
     heads, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     tokens = micro_batch * seq_len // sp
@@ -154,7 +173,7 @@ def estimate(config, *, parameters, ranks, sp, replicas, seq_len, micro_batch, o
     return {
         "weights": weight,
         "optimizer": moments,
-        "gradients, or activations kept for the backward": max(gradient, kept),
+        "gradients, or activations kept for the backward": gradient + kept if micro_batches > 1 else max(gradient, kept),
         "gathered by FSDP": gathered,
         "working set": max(attention, experts, loss) + 4 * 2 * tokens * C,
     }

@@ -8,7 +8,8 @@ https://arxiv.org/abs/2508.10925. Where we differ: the gate and up halves of the
 (convert_hf.py reorders them), rotary tables and sinks are applied in fp32, the router runs in fp32.
 
 Letters in shapes:
-    B sequences    S tokens of each on this rank    N = B S rows of tokens    V vocabulary    C hidden size
+    B sequences    S tokens of each: this rank's, but inside attention the whole sequence's (s and S where both occur)
+    N = B S rows of tokens    V vocabulary    C hidden size
     H query heads  K key-value heads    D head dim    E experts    k experts a token uses    F expert hidden size
     R = N k rows of tokens, one for each expert a token uses, sorted by expert
 """
@@ -31,7 +32,7 @@ from checkpoint import copy_rows, first_rank, load_weights, save_weights, stored
 
 IGNORED = -100  # a target that the loss does not count
 LOSS_ROWS = 2048  # rows of logits that exist at a time: 0.8 GiB of bf16 for the real vocabulary
-EXPERT_TOKENS = 32 * 1024  # tokens that pass the experts at a time: their rows take about 6 GiB at the real size
+EXPERT_TOKENS = 32 * 1024  # tokens that pass the experts at a time: their rows take about 7 GiB at the real size
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -159,7 +160,7 @@ def _from_hugging_face(given, path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Two helpers that make it fast, and change nothing in the mathematics
+# Helpers: what is said, what is compiled, what is not computed twice. Nothing here changes the mathematics
 
 
 @functools.cache
@@ -172,8 +173,9 @@ def say(message):
 def fused(function):
     """Compile `function` for a GPU, where it becomes one kernel or two instead of one an operation; a CPU runs it as written.
 
-    Only leaves are compiled, never a block: what talks to other ranks stays in the order it is written in."""
-    compiled = torch.compile(function)
+    Only leaves are compiled, never a block: what talks to other ranks stays in the order it is written in. fullgraph makes it
+    an error where the compiler would give up and FlexAttention would fall back to S x S scores in silence."""
+    compiled = torch.compile(function, fullgraph=True)
 
     @functools.wraps(function)
     def call(x, *args, **kwargs):
@@ -186,7 +188,8 @@ class Recompute:
     """What a checkpointed block may skip when it runs a second time to give its backward the activations.
 
     A checkpointed block keeps its input and nothing else. The second run needs every value that a backward reads, but not
-    the block's output (`replaying`), and it need not redo a costly step whose result was put aside (`keep`)."""
+    the block's output (`replaying`), and it need not redo a costly step whose result was put aside (`keep`). For one backward:
+    a second one through the same graph fails."""
 
     current = None  # of the checkpointed block that runs now; None outside of one
 
@@ -407,17 +410,23 @@ class CudnnSinkAttention(torch.autograd.Function):
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), dsinks
 
 
-@functools.cache
 def cudnn_refuses(device, dtype, head_dim):
     """Why cuDNN's attention cannot be used here, or None."""
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"it has no {dtype}"
     if torch.are_deterministic_algorithms_enabled():
         return "its backward is not deterministic"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it has no {dtype}"
+    return _cudnn_fails(device, dtype, head_dim)
+
+
+@functools.cache
+def _cudnn_fails(device, dtype, head_dim):
     try:  # a small run is the only sure test of device, driver, version and head dim
         q, k, v = (torch.randn(1, 128, 1, head_dim, device=device, dtype=dtype, requires_grad=True) for _ in "qkv")
         with torch.enable_grad():
             CudnnSinkAttention.apply(q, k, v, torch.zeros(1, device=device, dtype=dtype)).sum().backward()
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, AttributeError) as error:
         return f"it fails here: {str(error).splitlines()[0]}"
 
@@ -486,9 +495,9 @@ def swiglu_backward(h, bias, expert, limit, da, weight):
 
 @fused
 def combine(y, where, weights, bias, experts):
-    """Rows y (R, C) -> (N, C): each token's k rows, found by `where` (N, k), plus their experts' bias, weighed, summed."""
+    """Rows y (R, C) -> (N, C): each token's k rows, found by `where` (N, k), plus their experts' bias, weighted, summed."""
     picked = y[where].float() + bias.float()[experts]  # (N, k, C), inside the kernel only
-    return (picked * weights[..., None]).sum(1).to(y.dtype)  # the bias is weighed too
+    return (picked * weights[..., None]).sum(1).to(y.dtype)  # the bias is weighted too
 
 
 @fused
@@ -512,7 +521,7 @@ def tiles(*tensors):
 
 
 class ExpertsFunction(torch.autograd.Function):
-    """x (N, C), experts (N, k), weights (N, k) fp32 -> (N, C): each token's experts, weighed and summed. No token is dropped.
+    """x (N, C), experts (N, k), weights (N, k) fp32 -> (N, C): each token's experts, weighted and summed. No token is dropped.
     w1, b1 are the experts' gate_up parameters, w2, b2 their down ones.
 
     The backward is written out because it can do what autograd cannot. It goes through the tokens in tiles, so memory does
@@ -543,7 +552,7 @@ class ExpertsFunction(torch.autograd.Function):
             rows, g_rows = tile[order // k], g[order // k]  # (R, C)
             h = hidden.pop(0) if hidden else F.grouped_mm(rows, w1, offs=ends)  # (R, 2F)
             da = F.grouped_mm(g_rows, w2.transpose(1, 2), offs=ends)  # (R, F)
-            dh, weighed_a, da_a = swiglu_backward(h, b1, expert, ctx.limit, da, weight.flatten()[order])
+            dh, weighted_a, da_a = swiglu_backward(h, b1, expert, ctx.limit, da, weight.flatten()[order])
             dtile.copy_(gather_sum(F.grouped_mm(dh, w1.transpose(1, 2), offs=ends), where))
             dweight.copy_(da_a[where] + (g @ b2.t()).gather(1, choice))
             of_expert = F.one_hot(expert, len(w1)).to(dh.dtype)  # (R, E): bias gradients as matmuls, not atomic adds
@@ -551,7 +560,7 @@ class ExpertsFunction(torch.autograd.Function):
             parts = (
                 F.grouped_mm(rows.t(), dh, offs=ends),  # (C, R) x (R, 2F) -> (E, C, 2F)
                 of_expert.t() @ dh,  # (E, 2F)
-                F.grouped_mm(weighed_a.t(), g_rows, offs=ends),  # (F, R) x (R, C) -> (E, F, C)
+                F.grouped_mm(weighted_a.t(), g_rows, offs=ends),  # (F, R) x (R, C) -> (E, F, C)
                 routing.t() @ g,  # (E, C)
             )
             totals = parts if totals is None else [t.float().add_(p) for t, p in zip(totals, parts)]  # in fp32 if tiled
@@ -560,7 +569,7 @@ class ExpertsFunction(torch.autograd.Function):
 
 
 class Experts(nn.Module):
-    """A router that picks k of E small MLPs for each token and weighs them."""
+    """A router that picks k of E small MLPs for each token and weights them."""
 
     def __init__(self, config):
         super().__init__()
@@ -571,13 +580,13 @@ class Experts(nn.Module):
         self.gate_up_bias = nn.Parameter(torch.empty(E, 2 * intermediate))
         self.down_weight = nn.Parameter(torch.empty(E, intermediate, C))
         self.down_bias = nn.Parameter(torch.empty(E, C))
-        self.load = 0  # (E) tokens each expert was given since someone last set this to 0
+        self.load = 0  # (E) tokens each expert was given in training since someone last set this to 0
 
     def forward(self, x):  # (B, S, C)
         rows = x.flatten(0, 1)  # (N, C)
         logits = F.linear(rows.float(), self.router.weight.float(), self.router.bias.float())  # (N, E); ties in bf16 misroute
         top, experts = logits.topk(self.experts_per_token, dim=-1)  # (N, k)
-        if not (Recompute.current and Recompute.current.replaying):
+        if torch.is_grad_enabled() and not (Recompute.current and Recompute.current.replaying):
             self.load = self.load + F.one_hot(experts, logits.shape[1]).sum((0, 1))
         parameters = self.gate_up_weight, self.gate_up_bias, self.down_weight, self.down_bias
         keep_hidden = torch.is_grad_enabled() and not Recompute.current
@@ -592,8 +601,8 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = Experts(config)
 
-    def forward(self, x, *attention_inputs):  # (B, S, C)
-        x = x + self.attention(self.attention_norm(x), *attention_inputs)
+    def forward(self, x, cos, sin, attend, remember=None):  # x (B, S, C)
+        x = x + self.attention(self.attention_norm(x), cos, sin, attend, remember)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -671,8 +680,9 @@ class CrossEntropy(torch.autograd.Function):
 
 
 class GPTOSS(nn.Module):
-    """GPT-OSS. `recompute` says what of a block's activations is computed again in the backward instead of being kept:
-    "none" of them, "all", or all but the output of "attention" on full layers, whose cost grows with the square of S."""
+    """GPT-OSS. `recompute` says what of a block's activations is computed again in the backward instead of being kept: "none",
+    "all", or all but what cuDNN's "attention" returned on full layers, whose cost grows with the square of S; where another
+    kernel runs, as with packed documents, that is "all"."""
 
     def __init__(self, config, recompute="none"):
         super().__init__()
@@ -769,7 +779,7 @@ class GPTOSS(nn.Module):
     @classmethod
     def from_checkpoint(cls, folder, device="cpu", dtype=None, recompute="none"):
         """The model in `folder`, as save_checkpoint or convert_hf.py wrote it, with checkpoint.load_weights's
-        errors. dtype None: the stored one."""
+        errors. dtype None: that of the first stored tensor, for all."""
         with torch.device("meta"):
             model = cls(GPTOSSConfig.from_json(Path(folder) / "config.json"), recompute)
         model = model.to(dtype or stored_dtype(folder)).to_empty(device=device)

@@ -23,7 +23,7 @@ import torch
 from data import TOKENIZERS, ByteTokenizer, HarmonyTokenizer, get_tokenizer, load_harmony
 from model import GPTOSS
 
-PROMPT_TOKENS = 128  # that pass the model at a time: attention holds heads x 128 x T scores, 4 GB for the real model's context
+PROMPT_TOKENS = 128  # that pass the model at a time: attention holds heads x 128 x T scores three times, 13 GB at the full context
 
 
 class KeyValueCache:

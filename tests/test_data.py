@@ -386,6 +386,7 @@ def test_bytes_refuse_what_they_cannot_spell(extra):
 
 
 def test_chat_without_harmony_says_what_to_install(tmp_path):
+    need_vocabulary()
     path = write_jsonl(tmp_path / "a.jsonl", [{"messages": CHATS["one answer"][0]}])
     (tmp_path / "hidden").mkdir()
     (tmp_path / "hidden" / "openai_harmony.py").write_text("raise ImportError")
