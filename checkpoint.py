@@ -19,12 +19,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 INDEX, SHARD_BYTES = "model.safetensors.index.json", 5 * 10**9
+COMPANIONS = ("tokenizer*", "special_tokens_map.json", "chat_template*", "generation_config.json")  # travel with the weights
+HF_CONFIG = "hf_config.json"  # the source's config.json, which an import keeps: an export needs fields that the model does not
 
 
 def first_rank():
@@ -42,13 +44,13 @@ def weight_files(folder):
         weight_map = json.loads(path.read_text())["weight_map"]
         if not all(Path(file).name == file for file in weight_map.values()):
             raise ValueError("a file name in it leads out of the folder")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: not a readable index of a checkpoint ({error}); convert_hf.py makes one") from None
     return {name: path.with_name(file) for name, file in weight_map.items()}
 
 
 def stored_dtype(folder):
-    """The dtype of the weights in `folder`, of which all have one."""
+    """The dtype of the first tensor in `folder`."""
     name, path = next(iter(weight_files(folder).items()), (None, None))
     try:
         with safe_open(path, "pt") as file:
@@ -70,12 +72,11 @@ def copy_rows(parameter, whole):
         local.copy_(whole[start : start + len(local)])
 
 
-@torch.no_grad()
-def load_weights(model, folder):
-    """Fill a materialised model from a weights folder. A rank reads only what its shard of the model holds.
+def open_weights(wanted, folder):
+    """{name: safetensors slice} of a weights folder, for {name: parameter} of a model, of which only the shapes matter.
 
     ValueError that lists all that does not fit: missing, unknown and misshapen tensors, files that cannot be read."""
-    wanted, files = dict(model.named_parameters()), weight_files(folder)
+    files = weight_files(folder)
     problems = [f"missing: {name}" for name in wanted.keys() - files.keys()]
     problems += [f"unknown: {name}" for name in files.keys() - wanted.keys()]
     opened, slices = {}, {}
@@ -90,10 +91,20 @@ def load_weights(model, folder):
             shape, expected = tuple(slices[name].get_shape()), tuple(wanted[name].shape)
             if shape != expected:
                 problems.append(f"{name} has shape {shape}, the model's is {expected}")
+            if slices[name].get_dtype() not in ("F64", "F32", "BF16", "F16"):
+                problems.append(f"{name} has dtype {slices[name].get_dtype()}, which is no weight's")
         except Exception as error:
             problems.append(f"{files[name].name}: {error}")
     if problems:
         raise ValueError(f"{folder} does not fit the model:\n  " + "\n  ".join(sorted(problems)))
+    return slices
+
+
+@torch.no_grad()
+def load_weights(model, folder):
+    """Fill a materialised model from a weights folder, with open_weights's errors. A rank reads only what its shard holds."""
+    wanted = dict(model.named_parameters())
+    slices = open_weights(wanted, folder)
     bar = tqdm(wanted.items(), f"loading {folder}", unit=" tensors", disable=None if first_rank() else True)  # None: no terminal
     for name, parameter in bar:
         copy_rows(parameter, slices[name])
@@ -128,11 +139,20 @@ def save_weights(model, folder, dtype, write_config):
                     tensors[name] = whole.detach().to("cpu", dtype or whole.dtype).contiguous()
                     weight_map[name] = file
             if writes:
-                save_file(tensors, aside / file, metadata={"format": "pt"})
+                try:
+                    save_file(tensors, aside / file, metadata={"format": "pt"})
+                except SafetensorError as error:
+                    raise OSError(f"cannot write {folder}: {error}") from None
         if writes:
             index = {"metadata": {"total_size": sum(size for _, size in parameters.values())}, "weight_map": weight_map}
             (aside / INDEX).write_text(json.dumps(index, indent=2) + "\n")
             write_config(aside / "config.json")
+
+
+def copy_companions(source, folder, patterns=COMPANIONS):
+    """Copy what travels with weights from Hugging Face, the tokenizer for example, from one weights folder to another."""
+    for path in {path for pattern in patterns for path in source.glob(pattern) if path.is_file()}:
+        shutil.copyfile(path, folder / path.name)
 
 
 class Aside:
@@ -172,12 +192,16 @@ def publish(aside, folder):
 class States:
     """The saved states of a run: folders `step-00000100` in `folder`, of which the last `keep` stay.
 
-    save() copies the tensors to host memory and returns; a thread writes them while training goes on."""
+    save() copies the tensors to host memory and returns; a thread writes them while training goes on. What goes wrong on one
+    rank is an OSError on all."""
 
     def __init__(self, folder, keep):
         self.folder, self.keep, self.pending = Path(folder), keep, None
         self.group = dist.new_group(backend="gloo")  # the thread's own: its messages must not mix with the loop's
         self.thread = ThreadPoolExecutor(1)
+        if first_rank():
+            for left in self.folder.glob(".step-*"):  # by a run that was killed while it saved
+                shutil.rmtree(left)
 
     def complete(self):
         """The folders of complete states, the oldest first."""
@@ -185,49 +209,75 @@ class States:
 
     def save(self, step, tensors, numbers):
         """Save {name: DTensor} and a dict of numbers for JSON as the state after `step` steps. Returns the seconds it stalled.
-        OSError if the previous state could not be written."""
+        OSError if this state's folder cannot be made, or the previous state could not be written."""
         self.wait()
         start, folder = time.perf_counter(), self.folder / f"step-{step:08d}"
-        aside = folder.with_name(f".{folder.name}.partial")
+        aside, failure = folder.with_name(f".{folder.name}.partial"), None
         if first_rank():
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-        dist.barrier(self.group)  # no rank writes before the folder is there
+            try:
+                aside.mkdir(parents=True)
+            except OSError as error:
+                failure = f"cannot save {folder}: {error}"
+        self.agree(failure)  # and no rank writes before the folder is there
         writer = dcp.HuggingFaceStorageWriter(path=str(aside), save_distributed=True)
         written = dcp.async_save(tensors, storage_writer=writer, process_group=self.group)
         self.pending = self.thread.submit(self._publish, written, aside, folder, numbers)
         return time.perf_counter() - start
 
     def _publish(self, written, aside, folder, numbers):
-        written.result()  # every rank's files are written
-        if not first_rank():
-            return
-        files = sorted(aside.glob("*.safetensors"))
-        with ThreadPoolExecutor() as pool:
-            numbers["files"] = dict(zip((file.name for file in files), pool.map(fingerprint, files)))
-        (aside / "state.json").write_text(json.dumps(numbers, indent=2) + "\n")
-        publish(aside, folder)
-        for old in self.complete()[: -self.keep]:
-            shutil.rmtree(old)
+        """Make the state visible once all ranks have written it. Returns what went wrong, or None."""
+        try:
+            written.result()
+            if first_rank():
+                files = sorted(aside.glob("*.safetensors"))
+                with ThreadPoolExecutor() as pool:
+                    numbers["files"] = dict(zip((file.name for file in files), pool.map(fingerprint, files)))
+                (aside / "state.json").write_text(json.dumps(numbers, indent=2) + "\n")
+                publish(aside, folder)
+                for old in self.complete()[: -self.keep]:
+                    shutil.rmtree(old)
+        except (OSError, dcp.CheckpointException) as error:
+            if first_rank():
+                shutil.rmtree(aside, ignore_errors=True)
+            causes = {str(cause): rank for rank, (cause, _) in getattr(error, "failures", {}).items()}
+            reason = "; ".join(f"rank {rank}: {cause}" for cause, rank in causes.items()) or error
+            return f"cannot save {folder}: {reason}; make room, then --resume=true goes on from the state before it"
 
     def wait(self):
         """Wait until the state that is being written, if any, is complete. OSError if it could not be written."""
         if self.pending:
-            self.pending.result()
-            self.pending = None
+            failure, self.pending = self.pending.result(), None
+            self.agree(failure)
 
-    def restore(self, tensors):
-        """Fill {name: DTensor} from the newest undamaged state. Returns its numbers, or None if there is no state."""
+    def agree(self, failure):
+        """OSError on all ranks if on the first rank there is a failure."""
+        told = [failure]
+        dist.broadcast_object_list(told, src=0, group=self.group)
+        if told[0]:
+            raise OSError(told[0])
+
+    def newest(self):
+        """The numbers of the newest undamaged state, on every rank; None if there is no state. ValueError if all are damaged."""
+        found = [self._newest() if first_rank() else None]
+        dist.broadcast_object_list(found, src=0, group=self.group)
+        if isinstance(found[0], str):
+            raise ValueError(found[0])
+        return found[0]
+
+    def _newest(self):
+        damaged = []
         for folder in reversed(self.complete()):
-            found = [examine(folder) if first_rank() else None]
-            dist.broadcast_object_list(found, src=0, group=self.group)
-            numbers, damage = found[0]
-            if damage is None:
-                dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), process_group=self.group)
+            numbers, damage = examine(folder)
+            if numbers:
                 return numbers
-            if first_rank():
-                print(f"warning: {folder} is damaged ({damage}); trying the state before it", flush=True)
-        return None
+            damaged.append(f"{folder.name} ({damage})")
+            print(f"warning: the state {folder} is damaged ({damage}): trying the one before it", flush=True)
+        return f"{self.folder}: all states are damaged, {', '.join(damaged)}: remove the folder to begin again" if damaged else None
+
+    def load(self, step, tensors):
+        """Fill {name: DTensor} from the state after `step` steps."""
+        reader = dcp.HuggingFaceStorageReader(str(self.folder / f"step-{step:08d}"))
+        dcp.load(tensors, storage_reader=reader, process_group=self.group)
 
 
 def fingerprint(path):
@@ -243,9 +293,17 @@ def examine(folder):
     """(the numbers of a saved state, what is damaged in it or None)"""
     try:
         numbers = json.loads((folder / "state.json").read_text())
-        for name, expected in numbers["files"].items():
-            if fingerprint(folder / Path(name).name) != expected:
-                return None, f"{name} has another size or checksum"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return None, str(error)
+        kinds = {key: type(numbers[key]) for key in ("step", "updates", "identity", "files")}
+        if list(kinds.values()) != [int, int, dict, dict]:
+            return None, "state.json is not what train.py writes"
+        if folder.name != f"step-{numbers['step']:08d}":
+            return None, f"state.json is of step {numbers['step']}"
+        if sorted(numbers["files"]) != sorted(path.name for path in folder.glob("*.safetensors")):
+            return None, "files are missing, or are too many"
+        with ThreadPoolExecutor() as pool:
+            found = dict(zip(numbers["files"], pool.map(lambda name: fingerprint(folder / name), numbers["files"])))
+        if wrong := [name for name, expected in numbers["files"].items() if found[name] != expected]:
+            return None, f"{', '.join(wrong)} has another size or checksum"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        return None, repr(error)
     return numbers, None

@@ -37,14 +37,12 @@ import torch
 from safetensors import safe_open
 from tqdm import tqdm
 
-from checkpoint import INDEX, SHARD_BYTES, Aside, weight_files
+from checkpoint import COMPANIONS, HF_CONFIG, INDEX, SHARD_BYTES, Aside, copy_companions, weight_files
 from model import GPTOSS, GPTOSSConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where values are packed and unpacked
 SLICE_BYTES = 4_000_000  # what is converted at a time; one expert, if that is more
 THREADS = 4  # slices under way at once, so that reading, converting and writing overlap
-COMPANIONS = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template*")  # travel with the weights
-HF_CONFIG = "hf_config.json"  # an import keeps the source's config.json: an export needs fields that the model does not
 
 # ----------------------------------------------------------------------------------------------------------------------
 # MXFP4: 32 values share one scale, a power of two, and are four bits each: a sign and one of eight magnitudes.
@@ -305,11 +303,6 @@ def convert(jobs):
 def refuse_occupied(out):
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not empty: remove it, or choose another --out")
-
-
-def copy_companions(source, folder):
-    for path in {path for pattern in COMPANIONS for path in source.glob(pattern) if path.is_file()}:
-        shutil.copyfile(path, folder / path.name)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -90,7 +90,7 @@ class GPTOSSConfig:
         """Read our config.json, OpenAI's original one or Hugging Face's. ValueError for a model this file does not implement."""
         try:
             given = json.loads(Path(path).read_text())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not a readable config.json ({error})") from None
         if not isinstance(given, dict):
             raise ValueError(f"{path}: expected a JSON object, found {type(given).__name__}")

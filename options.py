@@ -1,4 +1,4 @@
-"""Every option of train.py, with its default and its meaning, and how they are read.
+"""Every option of train.py, with its default and its meaning; how they are read; what must hold before a run may start.
 
 A config file is Python that assigns some of them, `seq_len = 64 * 1024`; --name=value on the command line comes after it.
 A config file is code, so run only those you trust.
@@ -6,13 +6,19 @@ A config file is code, so run only those you trust.
 
 import dataclasses
 import difflib
+import importlib.util
 import math
+import os
 import runpy
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
-from model import GPTOSSConfig
+import torch
+
+from checkpoint import open_weights, weight_files
+from data import TokenData
+from model import GPTOSS, GPTOSSConfig
 
 
 def option(default, meaning):
@@ -35,7 +41,7 @@ class Options(GPTOSSConfig):
     micro_batch: int = option(1, "rows that pass a rank's model at a time")
     long_documents: str = option("cut", "documents longer than a row: cut into rows, or drop")
     # optimization
-    steps: int = option(100, "updates")
+    steps: int = option(100, "updates of the weights")
     lr: float = option(1e-5, "highest learning rate")
     final_lr: float = option(0.1, "the last learning rate, as a share of the highest")
     warmup_steps: int = option(10, "steps over which the learning rate rises; then it falls as a cosine")
@@ -56,7 +62,7 @@ class Options(GPTOSSConfig):
     # evaluation, saving, output
     eval_every: int = option(0, "steps between evaluations, the last step always; 0: never")
     eval_rows: int = option(32, "rows of an evaluation")
-    save_every: int = option(0, "steps between saved states; 0: only when the run ends or is told to")
+    save_every: int = option(0, "steps between saved states, the last step always; 0: only when the run is told to stop")
     keep: int = option(2, "saved states that stay")
     log_every: int = option(1, "steps between log lines")
     sample: str = option("", "prompt to continue when the run has ended")
@@ -78,12 +84,29 @@ class Options(GPTOSSConfig):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")
-        for name in ("seq_len", "batch_size", "micro_batch", "steps", "lr", "sp", "replicas", "keep", "log_every", "timeout"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be positive")
-        for name in ("final_lr", "warmup_steps", "weight_decay", "beta1", "beta2", "grad_clip", "eval_every", "save_every"):
+        may_be_zero = (
+            "seed",
+            "final_lr",
+            "warmup_steps",
+            "weight_decay",
+            "beta1",
+            "beta2",
+            "grad_clip",
+            "eval_every",
+            "save_every",
+        )
+        for f in dataclasses.fields(self):
+            if f.type in (int, float) and f.name not in may_be_zero and not 0 < getattr(self, f.name) < math.inf:
+                raise ValueError(f"{f.name}={getattr(self, f.name)!r} must be positive and finite")
+        for name in may_be_zero:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)!r} must not be negative or infinite")
+        if max(self.beta1, self.beta2) >= 1:
+            raise ValueError(f"beta1={self.beta1} and beta2={self.beta2} must be less than 1")
+        if self.optimizer == "split" and self.beta2 > 0.99:
+            raise ValueError(f"beta2={self.beta2}: moments in bf16 follow at most 0.99; lower it, or use optimizer=fp32")
+        if Path(self.name).name != self.name or self.name == "..":
+            raise ValueError(f"name={self.name!r} must be a plain name: the run's files go to runs/NAME")
 
 
 def parse(arguments, usage):
@@ -94,18 +117,17 @@ def parse(arguments, usage):
         for f in meanings.values():
             print(f"  --{f.name}={f.default}".ljust(36) + f.metadata.get("meaning", "a size of the model, see GPTOSSConfig"))
         raise SystemExit
-    given, files = {"name": "run"}, [a for a in arguments if not a.startswith("--")]
+    given, files = {}, [a for a in arguments if not a.startswith("-")]
     if len(files) > 1:
         raise ValueError(f"one config file, not {len(files)}: {' '.join(files)}; options are written --name=value")
     for path in files:
         if not Path(path).is_file():
             raise ValueError(f"config file {path} does not exist; those that come with the project are in configs/")
-        given["name"] = Path(path).stem
-        given |= {k: v for k, v in runpy.run_path(path).items() if not k.startswith("_") and not isinstance(v, ModuleType)}
+        given |= run_config(path)
     for argument in arguments:
-        if argument.startswith("--"):
+        if argument.startswith("-"):
             name, equals, value = argument[2:].partition("=")
-            if not equals:
+            if not equals or not argument.startswith("--"):
                 raise ValueError(f"{argument}: write --name=value")
             given[name] = read_value(name, value, meanings[name].type) if name in meanings else value
     for name, value in given.items():
@@ -115,7 +137,17 @@ def parse(arguments, usage):
         wanted = meanings[name].type
         if type(value) is not wanted and not (wanted is float and type(value) is int):
             raise ValueError(f"{name}={value!r} must be of type {wanted.__name__}, not {type(value).__name__}")
+    given["name"] = given.get("name") or (Path(files[0]).stem if files else "run")
     return Options(**given)
+
+
+def run_config(path):
+    """What a config file assigns, but for names with an underscore in front and modules."""
+    try:
+        assigned = runpy.run_path(path)
+    except Exception as error:  # whatever the file does
+        raise ValueError(f"config file {path}: {type(error).__name__}: {error}") from None
+    return {k: v for k, v in assigned.items() if not k.startswith("_") and not isinstance(v, ModuleType)}
 
 
 def read_value(name, text, kind):
@@ -123,3 +155,78 @@ def read_value(name, text, kind):
         return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
     except (ValueError, KeyError):
         raise ValueError(f"--{name}={text}: expected {'true or false' if kind is bool else kind.__name__}") from None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What must hold before a run may start
+
+
+def model_config(options):
+    sizes = {f.name: getattr(options, f.name) for f in dataclasses.fields(GPTOSSConfig)}
+    if not options.checkpoint:
+        return GPTOSSConfig(**sizes)
+    if sizes != dataclasses.asdict(GPTOSSConfig()):
+        raise ValueError(f"checkpoint={options.checkpoint} brings its own sizes: leave those of the model alone")
+    return GPTOSSConfig.from_json(Path(options.checkpoint) / "config.json")
+
+
+def check_ranks(options, config, ranks):
+    """ValueError if the options do not divide among the ranks."""
+    if ranks % (options.sp * options.replicas):
+        raise ValueError(f"sp={options.sp} times replicas={options.replicas} must divide the number of ranks, {ranks}")
+    rows = ranks // options.sp * options.micro_batch
+    if options.batch_size % rows:
+        raise ValueError(f"batch_size={options.batch_size} must be a multiple of {rows} = {ranks} ranks / sp x micro_batch")
+    if options.seq_len % options.sp:
+        raise ValueError(f"sp={options.sp} must divide seq_len={options.seq_len}")
+    if options.seq_len > config.max_position_embeddings:
+        raise ValueError(f"seq_len={options.seq_len} is longer than the model's {config.max_position_embeddings} positions")
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if heads % options.sp or (kv_heads % options.sp and options.sp % kv_heads):
+        raise ValueError(
+            f"sp={options.sp} must divide num_attention_heads={heads}, and divide num_key_value_heads={kv_heads} "
+            f"or be a multiple of it"
+        )
+
+
+def check_same_run(folder, was, now):
+    """ValueError if the run in `folder` cannot go on from a state of a run `was`: names and values of what may not change."""
+    if changed := [f"{k} was {was.get(k)!r} and is {now.get(k)!r}" for k in {**was, **now} if was.get(k) != now.get(k)]:
+        raise ValueError(f"{folder} cannot go on with other settings: {', '.join(changed)}; --name=... starts another run")
+
+
+def check_files(options, config):
+    """The data and the held-out data, or None, of a run that has what it needs. ValueError if it has not: found by every rank
+    alone, before they meet and before a GPU has work."""
+    run = Path("runs") / options.name
+    if (run / "metrics.jsonl").exists() and not options.resume:
+        raise ValueError(f"{run} already holds a run: --resume=true goes on with it, --name=... starts another")
+    place = next(path for path in (run, *run.parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise ValueError(f"{run}: cannot be written in {place.absolute()}: start in another folder, or choose another --name")
+    gpus, wanted = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if options.offload and not gpus:
+        raise ValueError("offload=True needs a GPU: without one there is no other memory than the host's")
+    if options.offload and options.recompute == "none":
+        raise ValueError(
+            "offload=True moves the blocks' inputs, which only recompute=attention or all keeps alone: choose one of these"
+        )
+    if 0 < gpus < wanted:
+        raise ValueError(f"--nproc_per_node {wanted}: this machine has {gpus} GPUs, and each rank needs one")
+    if options.wandb and not importlib.util.find_spec("wandb"):
+        raise ValueError("wandb=True: install it with `pip install wandb`, or leave the option out")
+    if options.checkpoint:
+        layers, tensors = config.num_hidden_layers, len(weight_files(options.checkpoint))
+        if layers > tensors:  # and do not build it: a forged number would fill the memory
+            raise ValueError(f"{options.checkpoint}: config.json speaks of {layers} layers, the index of {tensors} tensors")
+        with torch.device("meta"):
+            wanted = dict(GPTOSS(config).named_parameters())
+        open_weights(wanted, options.checkpoint)
+    order = {"seed": options.seed, "long_documents": options.long_documents, "vocab_size": config.vocab_size}
+    data = TokenData(options.data, options.seq_len, **order)
+    if data.rows_per_epoch < options.batch_size:
+        raise ValueError(
+            f"data={options.data} fills {data.rows_per_epoch} rows of seq_len={options.seq_len}, which is less than a step's "
+            f"batch_size={options.batch_size}: use more data, or make one of the two smaller"
+        )
+    return data, TokenData(options.eval_data, options.seq_len, **order) if options.eval_data else None

@@ -19,10 +19,9 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read 
 import dataclasses
 import json
 import math
-import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -33,25 +32,14 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import sample
 import sp
-from checkpoint import States, load_weights
-from data import TokenData
+from checkpoint import COMPANIONS, HF_CONFIG, States, copy_companions, load_weights, save_weights
+from guards import Stop, describe_bad_step, fail, hold, keep_pulse, meeting_point
 from memory import BYTES, HostMemory, SplitAdamW, estimate
-from model import GPTOSS, IGNORED, GPTOSSConfig
-from options import parse
+from model import GPTOSS, IGNORED
+from options import check_files, check_ranks, check_same_run, model_config, parse
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Ranks, model, optimizer
-
-
-def check_ranks(options, ranks):
-    """ValueError if the options do not divide among the ranks."""
-    if ranks % (options.sp * options.replicas):
-        raise ValueError(f"sp={options.sp} times replicas={options.replicas} must divide the number of ranks, {ranks}")
-    rows = ranks // options.sp * options.micro_batch
-    if options.batch_size % rows:
-        raise ValueError(f"batch_size={options.batch_size} must be a multiple of {rows} = {ranks} ranks / sp x micro_batch")
-    if options.seq_len % options.sp:
-        raise ValueError(f"sp={options.sp} must divide seq_len={options.seq_len}")
 
 
 def start_ranks(options):
@@ -60,13 +48,11 @@ def start_ranks(options):
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    single = {} if "RANK" in os.environ else {"rank": 0, "world_size": 1, "store": dist.HashStore()}
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    dist.init_process_group(
-        "nccl" if cuda else "gloo", timeout=timedelta(seconds=options.timeout), device_id=device if cuda else None, **single
-    )
+    timeout, backend = timedelta(seconds=options.timeout), "nccl" if cuda else "gloo"
+    dist.init_process_group(backend, timeout=timeout, device_id=device if cuda else None, **meeting_point(options.timeout))
+    keep_pulse()
     ranks = dist.get_world_size()
-    check_ranks(options, ranks)
     sp.init(init_device_mesh(device.type, (ranks // options.sp, options.sp), mesh_dim_names=("batch", "sp"))["sp"])
     return device, init_device_mesh(device.type, (options.replicas, ranks // options.replicas), mesh_dim_names=("replica", "shard"))
 
@@ -88,15 +74,6 @@ def build_model(options, config, device, mesh, dtype):
     else:
         model.init_weights(options.seed)
     return model
-
-
-def model_config(options):
-    sizes = {f.name: getattr(options, f.name) for f in dataclasses.fields(GPTOSSConfig)}
-    if not options.checkpoint:
-        return GPTOSSConfig(**sizes)
-    if sizes != dataclasses.asdict(GPTOSSConfig()):
-        raise ValueError(f"checkpoint={options.checkpoint} brings its own sizes: leave those of the model alone")
-    return GPTOSSConfig.from_json(Path(options.checkpoint) / "config.json")
 
 
 def build_optimizer(options, model):
@@ -166,11 +143,11 @@ def all_sum(*numbers, device):
 @torch.no_grad()
 def evaluate(options, model, data, device):
     """Mean loss over the first eval_rows rows of `data`, all ranks together. Does not depend on the number of ranks."""
-    rows = dist.get_world_size() // options.sp * options.micro_batch
+    last, rows = min(options.eval_rows, data.rows_per_epoch), dist.get_world_size() // options.sp * options.micro_batch
     loss = count = 0
-    for mine in my_rows(options, 0, math.ceil(options.eval_rows / rows) * rows):
+    for mine in my_rows(options, 0, math.ceil(last / rows) * rows):
         tokens, targets, documents = data.rows(mine)
-        targets[[i >= options.eval_rows for i in mine]] = IGNORED  # every rank runs as often as the others
+        targets[[i >= last for i in mine]] = IGNORED  # every rank runs as often as the others
         count += (targets != IGNORED).sum() / options.sp
         loss += model(*to_model((tokens, targets, documents), device), count=torch.ones((), device=device))
     loss, count = all_sum(loss, count, device=device)
@@ -207,11 +184,13 @@ def arithmetic(options, config, parameters, ranks):
 def dry_run(options):
     """Print what the run will need."""
     ranks, config = int(os.environ.get("WORLD_SIZE", options.ranks)), model_config(options)
-    check_ranks(options, ranks)
+    check_ranks(options, config, ranks)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in GPTOSS(config).parameters())
     shared = ("sp", "replicas", "seq_len", "micro_batch", "optimizer", "recompute", "offload")
-    needs = estimate(config, parameters=parameters, ranks=ranks, **{name: getattr(options, name) for name in shared})
+    micro_batches = options.batch_size * options.sp // (ranks * options.micro_batch)
+    settings = {name: getattr(options, name) for name in shared}
+    needs = estimate(config, parameters=parameters, ranks=ranks, micro_batches=micro_batches, **settings)
     print(arithmetic(options, config, parameters, ranks))
     for what, size in needs.items():
         print(f"{size / 2**30:8.1f} GiB  {what}")
@@ -228,19 +207,27 @@ class Log:
 
     def __init__(self, options, folder, step):
         self.writes, self.file, self.wandb = dist.get_rank() == 0, folder / "metrics.jsonl", None
-        if self.writes and self.file.exists():  # what was logged of steps that come again
-            lines = self.file.read_text().splitlines()
-            self.file.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] < step))
+        if self.writes and self.file.exists():  # without what was logged of steps that come again
+            kept = "".join(json.dumps(row) + "\n" for row in self.read() if row["step"] < step)
+            aside = self.file.with_name(".metrics.partial")
+            aside.write_text(kept)
+            aside.replace(self.file)
         if self.writes and options.wandb:
-            try:
-                import wandb
-            except ImportError:
-                raise ValueError("wandb=True: install it with `pip install wandb`, or leave the option out") from None
+            import wandb
+
             self.wandb = wandb.init(project="nano-gpt-oss", name=options.name, config=dataclasses.asdict(options))
 
     def say(self, text):
         if self.writes:
             print(text, flush=True)
+
+    def read(self):
+        """The objects in metrics.jsonl. A kill or a full disk may have left half a line."""
+        rows = []
+        for line in self.file.read_text().splitlines():
+            with suppress(ValueError):
+                rows.append(json.loads(line))
+        return rows
 
     def metrics(self, values):
         if self.writes:
@@ -260,7 +247,7 @@ class Log:
             return
         if not self.writes:
             return
-        rows = [json.loads(line) for line in self.file.read_text().splitlines()]
+        rows = self.read()
         figure, axes = pyplot.subplots(figsize=(7, 4))
         for key, label in (("loss", "training"), ("eval_loss", "held out")):
             if points := [(r["step"], r[key]) for r in rows if key in r]:
@@ -268,20 +255,6 @@ class Log:
         axes.set(xlabel="step", ylabel="loss (nats per token)")
         axes.legend()
         figure.savefig(self.file.with_name("loss.png"), dpi=120, bbox_inches="tight")
-
-
-class Stop:
-    """Set by SIGTERM and SIGUSR1, which schedulers send, and by Ctrl-C: finish the step, save, leave. A second Ctrl-C at once."""
-
-    def __init__(self):
-        self.asked = False
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self.ask)
-
-    def ask(self, number, frame):
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked = True
 
 
 def format_line(v):
@@ -306,16 +279,17 @@ def train(options):
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # or FlexAttention would fall back to S x S in silence
-    device, mesh = start_ranks(options)
-    stop, folder, first = Stop(), Path("runs") / options.name, dist.get_rank() == 0
-    if (folder / "config.json").exists() and not options.resume:
-        raise ValueError(f"{folder} already holds a run: --resume=true goes on with it, --name=... starts another")
-
-    # data, model, optimizer
+    ranks, first = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("RANK", "0") == "0"
     config = model_config(options)
-    order = {"seed": options.seed, "long_documents": options.long_documents, "vocab_size": config.vocab_size}
-    data = TokenData(options.data, options.seq_len, **order)
-    held_out = TokenData(options.eval_data, options.seq_len, **order) if options.eval_data else None
+    check_ranks(options, config, ranks)
+    data, held_out = check_files(options, config)
+    folder = Path("runs") / options.name
+    if first:
+        hold(folder)
+    device, mesh = start_ranks(options)
+    stop = Stop()
+
+    # model, optimizer
     automatic = "bfloat16" if device.type == "cuda" else "float32"
     dtype = getattr(torch, automatic if options.dtype == "auto" else options.dtype)
     model = build_model(options, config, device, mesh, dtype)
@@ -323,22 +297,21 @@ def train(options):
 
     # where to begin
     states, tensors = States(folder / "states", options.keep), training_state(model, optimizer)
-    fixed = ("data", "seed", "seq_len", "batch_size", "long_documents")  # what may not change when a run goes on
+    fixed = ("data", "seed", "seq_len", "batch_size", "long_documents", "optimizer")  # what may not change when a run goes on
     identity = dataclasses.asdict(config) | {name: getattr(options, name) for name in fixed}
-    saved = (options.resume and states.restore(tensors)) or {"step": 0, "updates": 0, "identity": identity}
-    if saved["identity"] != identity:
-        changed = [f"{k} was {v!r} and is {identity.get(k)!r}" for k, v in saved["identity"].items() if identity.get(k) != v]
-        raise ValueError(f"{folder} cannot go on with other settings: {', '.join(changed)}")
+    saved = (states.newest() if options.resume else None) or {"step": 0, "updates": 0, "identity": identity}
+    check_same_run(folder, saved["identity"], identity)
+    if saved["step"]:
+        states.load(saved["step"], tensors)
     step, updates, skipped = saved["step"], saved["updates"], 0
     for state in optimizer.state.values():
         state["step"].fill_(updates)
     if first:
-        folder.mkdir(parents=True, exist_ok=True)
         settings = dataclasses.asdict(options) | {"tokenizer": data.tokenizer}
         (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     log = Log(options, folder, step)
 
-    ranks, tokens_a_step = dist.get_world_size(), options.batch_size * options.seq_len
+    tokens_a_step = options.batch_size * options.seq_len
     flops, peak = config.flops_per_token(options.seq_len), peak_flops(device)
     log.say(arithmetic(options, config, sum(p.numel() for p in model.parameters()), ranks))
     log.say(data.describe())
@@ -388,23 +361,29 @@ def train(options):
         last = step == options.steps or asked_to_stop > 0
         if step % options.log_every == 0 or last:
             log.say(format_line(values))
+        log.metrics(values)  # before the state: a step that is saved is in the log
         if (options.save_every and (step % options.save_every == 0 or last)) or asked_to_stop:
             stall = states.save(step, tensors, {"step": step, "updates": updates, "identity": identity})
             log.say(f"saving the state after step {step - 1}, stalled {stall:.2f} s")
-        if held_out and options.eval_every and (step % options.eval_every == 0 or last):
-            values["eval_loss"] = evaluate(options, model, held_out, device)
-            log.say(f"step {step - 1} | held out {values['eval_loss']:.4f}")
-        log.metrics(values)
         if asked_to_stop:
             break
+        if held_out and options.eval_every and (step % options.eval_every == 0 or last):
+            loss = evaluate(options, model, held_out, device)
+            log.say(f"step {step - 1} | held out {loss:.4f}")
+            log.metrics({"step": step - 1, "eval_loss": loss})
 
     # what remains
+    def write_config(path):
+        config.to_json(path)
+        if options.checkpoint:
+            copy_companions(Path(options.checkpoint), path.parent, (*COMPANIONS, HF_CONFIG))
+
     states.wait()
     log.plot()
     if step < options.steps:
         log.say(f"asked to stop: --resume=true goes on after step {step - 1}")
     else:
-        model.save_checkpoint(folder / "model", dtype)
+        save_weights(model, folder / "model", dtype, write_config)
         log.say(f"weights are in {folder / 'model'}")
         if options.sample:
             sp.init(None)  # the first rank alone
@@ -414,38 +393,15 @@ def train(options):
     dist.destroy_process_group()
 
 
-def describe_bad_step(model, step, options):
-    """Which batch and which parameters have the numbers that are not finite, for the one who looks for the cause."""
-    norms = {name: p.grad.norm().full_tensor().item() for name, p in model.named_parameters() if p.grad is not None}
-    worst = sorted(norms.items(), key=lambda item: -item[1] if math.isfinite(item[1]) else -math.inf)[:5]
-    rows = f"rows {step * options.batch_size} to {(step + 1) * options.batch_size - 1} of {options.data}"
-    return f"{options.bad_steps} updates in a row were not finite; step {step}, {rows}; largest gradients: " + ", ".join(
-        f"{name} {norm:.3g}" for name, norm in worst
-    )
-
-
-def memory_advice(options):
-    """The options that still have memory to give, the cheapest first."""
-    advice = [
-        (options.recompute == "none", "--recompute=attention"),
-        (options.micro_batch > 1, "a smaller --micro_batch"),
-        (options.optimizer == "fp32", "--optimizer=split (10 bytes a parameter instead of 16)"),
-        (not options.offload, "--offload=true (blocks' inputs to host memory)"),
-        (options.recompute == "attention", "--recompute=all"),
-        (True, "a larger --sp over more GPUs, or a shorter --seq_len"),
-    ]
-    return "out of memory: try " + ", then ".join(text for applies, text in advice if applies)
-
-
 def main():
     options = None
     try:
         options = parse(sys.argv[1:], usage=__doc__.split("\n\n")[1])
         dry_run(options) if options.dry_run else train(options)
-    except (ValueError, OSError, FloatingPointError) as error:
-        raise SystemExit(f"error: {error}") from None
-    except torch.OutOfMemoryError as error:
-        raise SystemExit(f"error: {str(error).splitlines()[0]}\n{memory_advice(options)}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except Exception as error:
+        fail(error, options)
 
 
 if __name__ == "__main__":

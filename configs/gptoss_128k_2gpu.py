@@ -14,6 +14,7 @@ micro_batch = 1
 
 optimizer = "split"  # 10 bytes a parameter with an exact fp32 master: 105 GB each; 16 would be 167
 recompute = "attention"
+offload = True  # from the second micro-batch on the gradients are there too
 
 steps = 200
 lr, warmup_steps = 1e-5, 20

@@ -1,0 +1,140 @@
+"""Tiny runs of train.py for the tests and for soak.py, on ranks that start in no time.
+
+A run's ranks are forked from a server that has imported train.py, and are looked after as torchrun looks after them: the same
+environment variables, the same store that outlives them, and when one fails the others are told to end, then made to.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+
+NO_GPU = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # for processes that are started by hand
+
+TINY = """
+vocab_size = 257
+num_hidden_layers, hidden_size, intermediate_size = 2, 32, 16
+num_attention_heads, num_key_value_heads, head_dim = 4, 2, 8
+num_experts, experts_per_token = 4, 2
+sliding_window, initial_context_length, max_position_embeddings = 8, 16, 64
+seq_len, batch_size, micro_batch, recompute = 32, 4, 1, "none"
+steps, lr, warmup_steps = 50, 1e-3, 5
+data, eval_data = "corpus", "held-out"
+"""
+
+
+def write_corpus(folder, rows=300, seed=0, counted=0.75):
+    """A corpus of bytes in which each document repeats a short word; of the tokens the share `counted` counts as a target."""
+    random = np.random.default_rng(seed)
+    documents = [
+        np.append(np.resize(random.integers(97, 123, random.integers(2, 6)), random.integers(5, 70)), 256) for _ in range(rows)
+    ]
+    tokens, ends = np.concatenate(documents), np.cumsum([0, *map(len, documents)])
+    folder.mkdir(parents=True)
+    tokens.astype("<u4").tofile(folder / "tokens.bin")
+    ends.astype("<u8").tofile(folder / "documents.bin")
+    (random.random(len(tokens)) < counted).astype("u1").tofile(folder / "counted.bin")
+    meta = {"tokenizer": "bytes", "vocab_size": 257, "documents": rows, "tokens": len(tokens), "counted": 0}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder
+
+
+def make_home(folder):
+    """A folder to run in: tiny.py and its corpora."""
+    write_corpus(folder / "corpus")
+    write_corpus(folder / "held-out", rows=20, seed=1)
+    (folder / "tiny.py").write_text(TINY)
+    return folder
+
+
+class Run:
+    """`train.py *arguments` on some ranks, in the folder `home`, started at once."""
+
+    def __init__(self, home, *arguments, ranks=1, prepare=None):
+        """prepare(rank): called on each rank before it begins."""
+        self.home, self.output = home, home / f"output-{os.urandom(4).hex()}"
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["train", "model", "pytest"])
+        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+        self.processes = []
+        for rank in range(ranks):
+            variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+            variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self.store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
+            variables |= {"OMP_NUM_THREADS": 1, "CUDA_VISIBLE_DEVICES": ""}
+            task = context.Process(target=_rank, args=(home, self.output, variables, arguments, prepare), daemon=True)
+            task.start()
+            self.processes.append(task)
+
+    def kill(self, number=signal.SIGKILL, ranks=None):
+        for process in self.processes if ranks is None else [self.processes[r] for r in ranks]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, number)
+
+    def text(self):
+        return self.output.read_text() if self.output.exists() else ""
+
+    def wait_for(self, text, timeout=120):
+        """Wait until the run has printed `text`."""
+        deadline = time.monotonic() + timeout
+        while text not in self.text():
+            assert time.monotonic() < deadline and any(p.is_alive() for p in self.processes), self.text()
+            time.sleep(0.01)
+        return self
+
+    def wait(self, timeout=240, grace=30):
+        """The exit codes of all ranks. When one has failed the others get SIGTERM and, `grace` seconds later, SIGKILL."""
+        deadline, warned = time.monotonic() + timeout, None
+        while any(p.is_alive() for p in self.processes):
+            failed = any(p.exitcode not in (None, 0) for p in self.processes)
+            if failed and not warned:
+                self.kill(signal.SIGTERM)
+                warned = time.monotonic()
+            if (warned and time.monotonic() > warned + grace) or time.monotonic() > deadline:
+                self.kill()
+            time.sleep(0.02)
+        assert time.monotonic() < deadline, f"still running after {timeout} s:\n{self.text()}"
+        return [p.exitcode for p in self.processes]
+
+    def ends_well(self):
+        codes = self.wait()
+        assert not any(codes), f"exit codes {codes}:\n{self.text()}"
+        return self
+
+
+def _rank(home, output, variables, arguments, prepare):
+    os.chdir(home)
+    os.environ |= {name: str(value) for name, value in variables.items()}
+    for stream in (1, 2):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    sys.argv = ["train.py", *arguments]
+    import train
+
+    if prepare:
+        prepare(variables["RANK"])
+    train.main()
+
+
+def train(home, *arguments, ranks=1):
+    """Run train.py to its good end. Returns what it printed."""
+    return Run(home, *arguments, ranks=ranks).ends_well().text()
+
+
+def metrics(home, name):
+    """The lines of a run's metrics.jsonl that belong to steps."""
+    lines = (Path(home) / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if "loss" in row]
+
+
+def losses(home, name):
+    """{step: loss}; no step may be missing or come twice."""
+    rows = metrics(home, name)
+    assert [row["step"] for row in rows] == list(range(len(rows)))
+    return [row["loss"] for row in rows]

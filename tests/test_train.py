@@ -1,0 +1,358 @@
+"""train.py: the real loop on one, two and four ranks, and the same numbers from all of them."""
+
+import dataclasses
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
+from loop import NO_GPU, TINY, losses, make_home, metrics, train, write_corpus
+
+import train as loop
+from checkpoint import weight_files
+from data import TokenData
+from model import GPTOSS, IGNORED
+from options import Options, model_config, parse
+
+SAVES = ("--save_every=10", "--keep=9")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return make_home(tmp_path_factory.mktemp("train"))
+
+
+def tiny_options(**changes):
+    assigned = {}
+    exec(TINY, assigned)
+    del assigned["__builtins__"]
+    return Options(**{**assigned, **changes})
+
+
+def fresh_model(options):
+    model = GPTOSS(model_config(options))
+    model.init_weights(options.seed)
+    return model
+
+
+def whole_batch(home, options, data, rows):
+    order = {"seed": options.seed, "long_documents": options.long_documents}
+    return TokenData(str(home / data), options.seq_len, **order).rows(rows)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The same run on any number of ranks
+
+RUNS = {  # name: ranks, options
+    "one": (1, [*SAVES, "--eval_every=25", "--eval_rows=7", "--sample=ab", "--sample_tokens=5"]),
+    "one-micro-batch": (1, ["--micro_batch=4", "--recompute=all"]),
+    "two": (2, [*SAVES, "--eval_every=25", "--eval_rows=7"]),
+    "two-sp": (2, ["--sp=2", "--eval_every=25", "--eval_rows=7", "--micro_batch=2"]),
+    "four-sp": (4, ["--sp=2", "--micro_batch=2", "--eval_every=25", "--eval_rows=7"]),
+    "four-sp-replicas": (4, ["--sp=2", "--replicas=2", "--micro_batch=2"]),
+}
+
+
+@pytest.fixture(scope="module")
+def printed(home):
+    """{name of a run: what it printed}"""
+    return {name: train(home, "tiny.py", f"--name={name}", *options, ranks=ranks) for name, (ranks, options) in RUNS.items()}
+
+
+def assert_same_losses(home, name, other, tolerance=1e-5):
+    ours, theirs = losses(home, name), losses(home, other)
+    assert len(ours) == len(theirs)
+    worst = max(abs(a - b) / abs(b) for a, b in zip(ours, theirs))
+    assert worst <= tolerance, f"{name} against {other}: relative difference {worst:.1e}"
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name != "one"])
+def test_losses_are_those_of_one_rank(home, printed, name):
+    assert len(losses(home, "one")) == 50 and losses(home, "one")[-1] < losses(home, "one")[0] - 0.5
+    assert_same_losses(home, name, "one")
+    norms = [[row["grad_norm"] for row in metrics(home, run)] for run in (name, "one")]
+    assert max(abs(a - b) / b for a, b in zip(*norms)) < 1e-3
+    loads = [[row["expert_load"] for row in metrics(home, run)] for run in (name, "one")]
+    assert max(abs(a - b) / b for a, b in zip(*loads)) < 0.05  # a token between two experts may choose the other
+
+
+def test_first_step_against_the_model_alone(home, printed):
+    options = tiny_options()
+    tokens, targets, documents = whole_batch(home, options, "corpus", range(4))
+    model = fresh_model(options)
+    loss = model(tokens, targets, documents)
+    loss.backward()
+    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    loads = [block.mlp.load.double() for block in model.blocks]
+    first = metrics(home, "one")[0]
+    assert first["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    assert first["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+    assert first["expert_load"] == pytest.approx(sum((x.max() / x.mean()).item() for x in loads) / len(loads), rel=1e-6)
+
+
+def held_out(home, name):
+    rows = map(json.loads, (home / "runs" / name / "metrics.jsonl").read_text().splitlines())
+    return {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row}
+
+
+def test_evaluation_does_not_depend_on_the_ranks(home, printed):
+    """Seven rows, which neither two groups of ranks nor micro-batches of two divide."""
+    expected = held_out(home, "one")
+    assert list(expected) == [24, 49]
+    for name in ("two", "two-sp", "four-sp"):
+        assert held_out(home, name) == pytest.approx(expected, rel=1e-5)
+    model = GPTOSS.from_checkpoint(home / "runs/one/model")
+    with torch.no_grad():
+        loss = model(*whole_batch(home, tiny_options(), "held-out", range(7)))
+    assert expected[49] == pytest.approx(loss.item(), rel=1e-6)
+
+
+def test_evaluation_takes_no_row_twice(home):
+    rows = TokenData(str(home / "held-out"), 32).rows_per_epoch
+    for eval_rows in (rows, 3 * rows):
+        train(home, "tiny.py", "--steps=1", "--eval_every=1", f"--eval_rows={eval_rows}", f"--name=eval-{eval_rows}")
+    assert held_out(home, f"eval-{rows}") == held_out(home, f"eval-{3 * rows}")
+
+
+@pytest.mark.parametrize("ranks, sp", [(1, 1), (2, 1), (2, 2)])
+def test_ranks_with_few_or_no_targets(home, ranks, sp):
+    """Three targets in a hundred count: many a row, and so many a rank, has none of them."""
+    if not (home / "sparse").exists():
+        write_corpus(home / "sparse", counted=0.03)
+    name, model = f"sparse-{ranks}-{sp}", fresh_model(tiny_options())
+    train(home, "tiny.py", "--data=sparse", "--steps=8", f"--sp={sp}", f"--name={name}", ranks=ranks)
+    batches = [whole_batch(home, tiny_options(), "sparse", range(4 * step, 4 * step + 4)) for step in range(8)]
+    counts = [[(row != IGNORED).sum().item() for row in targets] for _, targets, _ in batches]
+    assert all(map(sum, counts)) and any(0 in rows for rows in counts)
+    assert metrics(home, name)[0]["loss"] == pytest.approx(model(*batches[0]).item(), rel=1e-6)
+    assert_same_losses(home, name, "sparse-1-1")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Output
+
+
+def test_metrics_and_lines(home, printed):
+    rows = metrics(home, "two")
+    fields = {"step", "loss", "grad_norm", "lr", "expert_load", "ms", "tokens_per_s", "tokens_per_s_per_rank", "eta_s"}
+    assert all(row.keys() == fields for row in rows)
+    lines = [line for line in printed["two"].splitlines() if re.match(r"step \d+ \| loss", line)]
+    assert len(lines) == len(rows) == 50
+    for line, row in zip(lines, rows):
+        assert line == loop.format_line(row)
+        assert f"loss {row['loss']:.4f} | norm {row['grad_norm']:.3f} | lr {row['lr']:.2e}" in line
+        assert row["tokens_per_s"] == pytest.approx(4 * 32 / (row["ms"] / 1000))
+        assert row["tokens_per_s_per_rank"] == pytest.approx(row["tokens_per_s"] / 2)
+        assert row["eta_s"] == pytest.approx(row["ms"] / 1000 * (49 - row["step"]))
+        assert row["expert_load"] >= 1
+    assert "step 49 | held out" in printed["two"]
+    assert "128 tokens a step = 2 micro-batches x 2 groups of sp 1 x 1 rows x 32 tokens" in printed["two"]
+
+
+def test_files_of_a_run(home, printed):
+    run = home / "runs/one"
+    settings = json.loads((run / "config.json").read_text())
+    assert settings.pop("tokenizer") == "bytes"
+    assert settings == dataclasses.asdict(
+        tiny_options(name="one", save_every=10, keep=9, eval_every=25, eval_rows=7, sample="ab", sample_tokens=5)
+    )
+    assert {path.name for path in run.iterdir()} - {"loss.png"} == {"config.json", "metrics.jsonl", "states", "model"}
+    assert [path.name for path in sorted((run / "states").iterdir())] == [f"step-{n:08d}" for n in (10, 20, 30, 40, 50)]
+    assert "weights are in runs/one/model\nab" in printed["one"]
+    pytest.importorskip("matplotlib", reason="draws loss.png")
+    assert (run / "loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_dry_run(home):
+    """In a process of its own, as anyone would start it."""
+    command = [sys.executable, ROOT / "train.py", "tiny.py", "--dry_run=true", "--ranks=4", "--sp=2", "--name=dry"]
+    text = subprocess.run(command, cwd=home, env=NO_GPU, capture_output=True, text=True, timeout=120, check=True).stdout
+    parameters = sum(p.numel() for p in fresh_model(tiny_options()).parameters())
+    assert f"{parameters:,} parameters, optimizer fp32 at 16 bytes each" in text
+    assert "2 micro-batches x 2 groups of sp 2 x 1 rows x 32 tokens" in text and "GiB  peak of each of 4 GPUs" in text
+    assert not (home / "runs/dry").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Learning rate, decay, optimizers
+
+
+def test_learning_rate():
+    options = tiny_options(steps=100, warmup_steps=10, lr=2.0, final_lr=0.1)
+    rates = [loop.learning_rate(options, step) for step in range(101)]
+    assert rates[:11] == pytest.approx([0.2 * (step + 1) for step in range(10)] + [2.0])
+    assert rates[55] == pytest.approx(2 * (0.1 + 0.9 / 2)) and rates[100] == pytest.approx(0.2)
+    assert all(a > b for a, b in zip(rates[10:], rates[11:]))
+    assert loop.learning_rate(tiny_options(steps=1, warmup_steps=0), 0) == 1e-3  # nothing divides by zero
+
+
+def test_learning_rate_is_applied(home, printed):
+    options = tiny_options()
+    assert [row["lr"] for row in metrics(home, "one")] == [loop.learning_rate(options, step) for step in range(50)]
+    train(home, "tiny.py", "--steps=2", "--warmup_steps=0", "--lr=1e-30", "--final_lr=1", "--name=still")
+    old, new = fresh_model(options), GPTOSS.from_checkpoint(home / "runs/still/model")
+    for (name, p), q in zip(old.named_parameters(), new.parameters()):
+        assert torch.allclose(p, q, rtol=0, atol=1e-20), name
+
+
+@pytest.mark.parametrize("optimizer", ["fp32", "split"])
+def test_decay_is_for_matrices(optimizer):
+    """Of the biases those of the experts have two dimensions, and are no matrices."""
+    options = tiny_options(weight_decay=0.1, optimizer=optimizer)
+    model = GPTOSS(model_config(options))
+    names = {p: name for name, p in model.named_parameters()}
+    groups = loop.build_optimizer(options, model).param_groups
+    decayed = {names[p] for group in groups if group["weight_decay"] == 0.1 for p in group["params"]}
+    others = {names[p] for group in groups if group["weight_decay"] == 0 for p in group["params"]}
+    matrices = {f"blocks.{n}.{part}" for n in (0, 1) for part in ("attention.qkv.weight", "attention.out.weight")}
+    matrices |= {f"blocks.{n}.mlp.{part}" for n in (0, 1) for part in ("router.weight", "gate_up_weight", "down_weight")}
+    assert decayed == matrices | {"embedding.weight", "unembedding.weight"}
+    assert decayed | others == set(names.values()) and not decayed & others
+
+
+def test_split_follows_fp32_and_bf16_does_not(home):
+    """At a learning rate far below bf16's resolution of the weights."""
+    dropped = {}
+    for optimizer in ("fp32", "split", "bf16"):
+        name = f"optimizer-{optimizer}"
+        train(home, "tiny.py", f"--optimizer={optimizer}", "--lr=1e-5", "--warmup_steps=0", "--steps=30", f"--name={name}")
+        curve = losses(home, name)
+        dropped[optimizer] = sum(curve[:5]) - sum(curve[-5:])
+    assert dropped["split"] == pytest.approx(dropped["fp32"], rel=0.02)
+    assert abs(dropped["bf16"] - dropped["fp32"]) > 0.1 * abs(dropped["fp32"])
+
+
+def test_clipping(home):
+    """The norm in the log is the one before clipping; clipped gradients move Adam's first moments, not its first step."""
+    train(home, "tiny.py", "--steps=1", "--save_every=1", "--name=free", "--grad_clip=0")
+    train(home, "tiny.py", "--steps=1", "--save_every=1", "--name=clipped", "--grad_clip=0.01", ranks=2)
+    from safetensors.torch import load_file
+
+    def moments(name):
+        files = sorted((home / "runs" / name / "states/step-00000001").glob("*.safetensors"))
+        tensors = [x for file in files for key, x in load_file(file).items() if key.startswith("exp_avg.")]
+        return torch.stack([x.norm() for x in tensors]).norm().item() / 0.1
+
+    norm = metrics(home, "free")[0]["grad_norm"]
+    assert metrics(home, "clipped")[0]["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    assert moments("free") == pytest.approx(norm, rel=1e-5)
+    assert moments("clipped") == pytest.approx(0.01, rel=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Resuming
+
+
+def copy_run(home, name, copy, step):
+    """A copy of a run as it was when the state after `step` steps was its newest."""
+    shutil.copytree(home / "runs" / name, home / "runs" / copy)
+    for state in (home / "runs" / copy / "states").iterdir():
+        if int(state.name[-8:]) > step:
+            shutil.rmtree(state)
+    shutil.rmtree(home / "runs" / copy / "model")
+
+
+def assert_same_weights(home, name, other):
+    """To the last bit."""
+    ours, theirs = (GPTOSS.from_checkpoint(home / "runs" / run / "model") for run in (name, other))
+    for (parameter, p), q in zip(ours.named_parameters(), theirs.parameters()):
+        assert torch.equal(p, q), parameter
+
+
+def test_resumed_on_one_device_to_the_last_digit(home, printed):
+    copy_run(home, "one", "again", 20)
+    with open(home / "runs/again/metrics.jsonl", "a") as file:
+        file.write('{"step": 50, "lo')  # what a full disk leaves of a line
+    text = train(home, "tiny.py", "--name=again", "--resume=true", *RUNS["one"][1])
+    assert "goes on after step 19\n" in text and "step 19 |" not in text and "step 20 |" in text
+    assert losses(home, "again") == losses(home, "one")
+    assert held_out(home, "again") == held_out(home, "one")
+    assert_same_weights(home, "again", "one")
+
+
+def test_resumed_after_the_end_only_writes_the_weights(home, printed):
+    copy_run(home, "one", "done", 50)
+    text = train(home, "tiny.py", "--name=done", "--resume=true", *RUNS["one"][1])
+    assert "step 49 |" not in text and losses(home, "done") == losses(home, "one")
+    assert_same_weights(home, "done", "one")
+
+
+@pytest.mark.parametrize(
+    "name, ranks, options",
+    [("one", 2, ["--sp=2"]), ("two", 1, []), ("two", 4, ["--sp=2"]), ("two", 4, ["--replicas=2"])],
+)
+def test_resumed_on_another_number_of_ranks(home, printed, name, ranks, options):
+    copy = f"{name}-on-{ranks}-{len(''.join(options))}"
+    copy_run(home, name, copy, 40)
+    assert "goes on after step 39\n" in train(home, "tiny.py", f"--name={copy}", "--resume=true", *options, ranks=ranks)
+    assert_same_losses(home, copy, name)
+
+
+def test_resumed_with_split_optimizer(home):
+    """The low halves of the master weights and the bf16 moments come back too."""
+    options = ["--optimizer=split", "--steps=12", "--save_every=6"]
+    train(home, "tiny.py", "--name=split", *options)
+    copy_run(home, "split", "split-again", 6)
+    train(home, "tiny.py", "--name=split-again", "--resume=true", *options)
+    assert losses(home, "split-again") == losses(home, "split")
+    assert_same_weights(home, "split-again", "split")
+
+
+def test_companions_travel_with_the_weights(home, printed):
+    """What convert_hf.py put beside the weights lies beside the trained ones, and nothing else does."""
+    shutil.copytree(home / "runs/one/model", home / "converted")
+    companions = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+    companions += ("generation_config.json", "hf_config.json")
+    for name in (*companions, "README.md"):
+        (home / "converted" / name).write_text(name)
+    options = ["--checkpoint=converted", "--data=corpus", "--seq_len=32", "--steps=1", "--name=tuned"]
+    train(home, *options, ranks=2)
+    tuned = home / "runs/tuned/model"
+    weights = {path.name for path in weight_files(tuned).values()} | {"model.safetensors.index.json", "config.json"}
+    assert {path.name for path in tuned.iterdir()} == weights | set(companions)
+    assert all((tuned / name).read_text() == name for name in companions)
+    expected = GPTOSS.from_checkpoint(home / "converted")(*whole_batch(home, tiny_options(), "corpus", range(8))).item()
+    assert metrics(home, "tuned")[0]["loss"] == pytest.approx(expected, rel=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Options
+
+
+def test_help_lists_every_option(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(["--help"], "usage")
+    assert not stop.value.code
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(Options):
+        (line,) = [line for line in text.splitlines() if line.split("=")[0].strip() == f"--{field.name}"]
+        assert len(line.split(maxsplit=1)[1].split()) > 1, f"{field.name} has no meaning"
+
+
+def test_config_file_then_command_line(tmp_path):
+    (tmp_path / "mine.py").write_text("import math\n_helper = 3\nlr = 1\nseq_len = 64 * 2\nsample = 'a=b'\n")
+    options = parse(["--steps=7", str(tmp_path / "mine.py"), "--seq_len=96", "--offload=True", "--eval_data=x=y"], "")
+    assert (options.name, options.lr, options.seq_len, options.steps) == ("mine", 1, 96, 7)
+    assert options.offload is True and options.sample == "a=b" and options.eval_data == "x=y"
+    assert parse([], "") == Options(name="run") and parse([str(tmp_path / "mine.py"), "--name="], "").name == "mine"
+
+
+@given(st.data())
+def test_any_value_of_the_right_type_arrives_and_others_are_named(data):
+    field = data.draw(st.sampled_from(dataclasses.fields(Options)))
+    text = data.draw(st.one_of(st.integers().map(str), st.floats().map(repr), st.sampled_from(["true", "False"]), st.text()))
+    try:
+        value = getattr(parse([f"--{field.name}={text}"], ""), field.name)
+    except ValueError as error:
+        assert field.name in str(error) and "\n" not in str(error).replace(text, "")
+    else:
+        assert type(value) is field.type
+        expected = text.lower() == "true" if field.type is bool else field.type(text)
+        assert value == expected and not (field.type is float and math.isnan(value))
