@@ -766,10 +766,10 @@ def deterministic_section(options, config, results):
 
 def plot(path, image):
     """Draw tokens per second and peak memory against length, from the results of a run with rows."""
-    from matplotlib.figure import Figure
-
     if not path.exists():
         raise SystemExit(f"error: {path} does not exist: run bench.py first, or name its folder by --out")
+    from matplotlib.figure import Figure
+
     results = json.loads(path.read_text())
     rows = [row for row in results["rows"] if "error" not in row]
     figure = Figure(figsize=(11, 4.2), layout="constrained")
