@@ -60,6 +60,7 @@ def states(folder):
 # Killed
 
 
+@pytest.mark.slow
 def test_killed_twenty_times(home):
     """At random moments, every second time in the middle of a save; the end is that of the run that was left alone."""
     options = ("tiny.py", "--steps=120", "--save_every=2")
@@ -88,6 +89,7 @@ def test_killed_twenty_times(home):
     assert {path.name for path in folder.iterdir()} == {path.name for path in (home / "runs/alone").iterdir()}
 
 
+@pytest.mark.slow
 def test_soak(tmp_path):
     assert "no file left behind" in soak(tmp_path, seconds=60)
 
@@ -270,6 +272,7 @@ def logged(home, name):
     return path.read_text().count("\n") if path.exists() else 0
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_a_killed_rank(home):
     process = torchrun(home, "--steps=40", "--save_every=3", "--name=restarted")
     until(lambda: logged(home, "restarted") > 7)
@@ -289,6 +292,7 @@ def test_ranks_without_their_torchrun_save_and_leave(home):
     assert states(home / "runs/orphans") == [f"step-{len(losses(home, 'orphans')):08d}"]
 
 
+@pytest.mark.slow
 def test_a_killed_node_comes_back(home):
     """Two torchruns on loopback. One of them is killed with its rank and started again: the run goes on by itself."""
     with socket.socket() as free:
