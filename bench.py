@@ -517,7 +517,18 @@ def measure_training(config, model, optimizer, row):
     return found
 
 
-TRAINING = [("sequences", "row", "<11"), ("sp", "sp", ">3"), ("recompute", "recompute", ">10"), ("offload", "offload", ">8")]
+def least_recomputation(options, layers, needs):
+    """The settings that compute least again and, by the estimate needs(settings) in bytes, leave a tenth of the GPU free."""
+    room = 0.9 * torch.cuda.get_device_properties(DEVICE).total_memory if GPU else math.inf
+    modes = ["attention", "all"] if options.recompute == "auto" else [options.recompute]
+    blocks = range(layers, -1, -1) if options.keep_blocks is None else [options.keep_blocks]
+    choices = [{"recompute": modes[0], "keep_blocks": n, "offload": False} for n in blocks]
+    choices += [{"recompute": mode, "keep_blocks": 0, "offload": GPU} for mode in modes]
+    return next((choice for choice in choices if needs(**choice) <= room), choices[-1])
+
+
+TRAINING = [("sequences", "row", "<11"), ("sp", "sp", ">3"), ("recompute", "recompute", ">10"), ("but", "keep_blocks", ">4")]
+TRAINING += [("offload", "offload", ">8")]
 TRAINING += SPEED + [("peak GiB", "peak_gib", ">10.1f"), ("estimate", "estimate_gib", ">9.1f"), ("step s", "seconds", ">9.3f")]
 TRAINING += [("optimizer s", "optimizer_seconds", ">12.3f"), ("communication", "communication", ">14.1%")]
 TRAINING += [("compile s", "compile_seconds", ">10.1f")]
@@ -536,6 +547,11 @@ def training_section(options, config, results):
     model = build_model(settings, config, device, mesh, DTYPE)
     optimizer, parameters = build_optimizer(settings, model), sum(p.numel() for p in model.parameters())
     results.save(ranks=ranks, optimizer=options.optimizer, matmul=ceiling)
+
+    def peak(**settings):
+        needs = estimate(config, parameters=parameters, ranks=ranks, replicas=1, optimizer=options.optimizer, **settings)
+        return sum(needs.values())
+
     say(f"\nFull training steps on {ranks} ranks, optimizer {options.optimizer}; tok/s and TFLOP/s are one GPU's, and")
     say(f"of matmul means of {ceiling:.4g} TFLOP/s; communication: a profiled step's share in which only NCCL's kernels run")
     say_row(TRAINING)
@@ -544,13 +560,12 @@ def training_section(options, config, results):
         if ranks % n:
             raise SystemExit(f"error: {sequences}x{length(S)} at sp={n}: sp must divide the number of ranks, {ranks}")
         rows = max(1, sequences * n // ranks)  # a rank's sequences
-        recompute = options.recompute if options.recompute != "auto" else "attention" if S <= 128 * K else "all"
-        model.recompute = recompute
-        settings = {"sp": n, "micro_batch": rows, "recompute": recompute, "offload": GPU and S >= 256 * K}
-        needs = estimate(config, parameters=parameters, ranks=ranks, replicas=1, optimizer=options.optimizer, seq_len=S, **settings)
+        needs = functools.partial(peak, seq_len=S, sp=n, micro_batch=rows)
+        settings = least_recomputation(options, config.num_hidden_layers, needs)
+        model.recompute, model.keep_blocks = settings["recompute"], settings["keep_blocks"]
         sequences = rows * ranks // n
-        row = {"row": f"{sequences} x {length(S)}", "sequence": S, "tokens": sequences * S} | settings
-        row["estimate_gib"] = sum(needs.values()) / GIB
+        row = {"row": f"{sequences} x {length(S)}", "sequence": S, "tokens": sequences * S, "sp": n, "micro_batch": rows}
+        row |= settings | {"estimate_gib": needs(**settings) / GIB}
         try:
             row |= measure_training(config, model, optimizer, row)
             row["share_of_matmul"] = row["tflops"] / ceiling
@@ -849,7 +864,8 @@ def main(arguments=None):
     add("--rows", type=parse_rows, metavar="8K,16x4K", help="lengths; under torchrun also numbers of sequences; default: all above")
     add("--layers", type=int, metavar="N", help="layers of the model; default the 20b's 24, for --accuracy 2")
     add("--recompute", choices=["auto", "none", "attention", "all"], default="auto",
-        help="auto: the least that fits; under torchrun attention up to 128K, then all")  # fmt: skip
+        help="auto: the least that fits; under torchrun that which should, by train.py's estimate")  # fmt: skip
+    add("--keep_blocks", type=int, metavar="N", help="torchrun: last blocks that recompute nothing; default as many as should fit")
     add("--against", choices=["transformers"], help="measure it on the same rows, after ours")
     add("--sp", type=int, metavar="N", help="torchrun: ranks that share a sequence; default all if there is only one")
     add("--optimizer", choices=["fp32", "split", "bf16"], default="split", help="torchrun: as in train.py")

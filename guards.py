@@ -148,6 +148,7 @@ def describe_lost(store):
 def memory_advice(options):
     """The options that still have memory to give, the cheapest first."""
     advice = [
+        (options.keep_blocks > 0, "a smaller --keep_blocks"),
         (options.recompute == "none", "--recompute=attention"),
         (options.micro_batch > 1, "a smaller --micro_batch"),
         (options.optimizer == "fp32", "--optimizer=split (10 bytes a parameter instead of 16)"),

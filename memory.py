@@ -145,7 +145,9 @@ def copy_stream():
 BYTES = {"fp32": (4, 4, 8), "split": (2, 2, 6), "bf16": (2, 2, 4)}  # of a parameter: weight, gradient, optimizer
 
 
-def estimate(config, *, parameters, ranks, sp, replicas, seq_len, micro_batch, optimizer, recompute, offload, micro_batches=1):
+def estimate(
+    config, *, parameters, ranks, sp, replicas, seq_len, micro_batch, optimizer, recompute, offload, keep_blocks=0, micro_batches=1
+):
     """Peak memory of one rank in training: {what for: bytes}, which add up to the peak. Counted by hand from model.py, for a
     computation in bf16.
 
@@ -156,15 +158,15 @@ def estimate(config, *, parameters, ranks, sp, replicas, seq_len, micro_batch, o
     tokens = micro_batch * seq_len // sp
     block = (parameters - 2 * V * C - C) // L
     weight, gradient, moments = (size * parameters * replicas // ranks for size in BYTES[optimizer])
-    # two blocks and the embeddings whole in bf16; a block's gradients whole in bf16 and, to be added up over ranks, in fp32
-    gathered = 2 * (2 * block + 2 * V * C) + (2 + 4) * block
+    # two blocks and the embeddings whole in bf16; a block's gradients whole in bf16, and once more as they are added up
+    gathered = 2 * (2 * block + 2 * V * C) + (2 + (2 if ranks == 2 and optimizer != "fp32" else 4)) * block
     k = config.experts_per_token
-    if recompute == "none":
-        kept = 2 * tokens * L * (4 * C + (heads + 2 * kv) + heads + k * 2 * F)
-    else:
-        kept = 2 * tokens * C * (2 if offload else L)
-        if recompute == "attention":  # out, and its logsumexp in fp32, of the layers that see everything
-            kept += tokens * (2 * heads + 4 * config.num_attention_heads) * (L // 2)
+    whole = L if recompute == "none" else min(keep_blocks, L)  # blocks of which everything is kept
+    # x before and after both norms; q, k, v; attention's out, where it is FlexAttention's before and after sinks; gates and ups
+    kept = 2 * tokens * whole * (4 * C + (heads + 2 * kv) + 3 * heads // 2 + k * 2 * F)
+    kept += 2 * tokens * C * min(L - whole, 2 if offload else L)
+    if recompute == "attention":  # out, and its logsumexp in fp32, of the layers that see everything
+        kept += tokens * (2 * heads + 4 * config.num_attention_heads) * ((L - whole) // 2)
     # the largest of attention's backward, a tile of experts and the loss, beside the residual stream and its gradient
     attention = 2 * tokens * (4 * (heads + 2 * kv) + 3 * heads)
     tiled = tokens > EXPERT_TOKENS  # then the weights' gradients are added up in fp32

@@ -568,6 +568,22 @@ class ExpertsFunction(torch.autograd.Function):
         return dx, None, dweights, dw1, db1, dw2, db2, None, None
 
 
+class RouterLogits(torch.autograd.Function):
+    """x (N, C), weight (E, C), bias (E) -> (N, E) in fp32: rounded to bf16 they would tie, and tokens go to the wrong experts.
+
+    Keeps x as it is, where autograd would keep it in fp32: a ninth of all that a block keeps which recomputes nothing."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return F.linear(x.float(), weight.float(), bias.float())
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        return (grad @ weight.float()).to(x.dtype), (grad.t() @ x.float()).to(weight.dtype), grad.sum(0).to(weight.dtype)
+
+
 class Experts(nn.Module):
     """A router that picks k of E small MLPs for each token and weights them."""
 
@@ -584,7 +600,7 @@ class Experts(nn.Module):
 
     def forward(self, x):  # (B, S, C)
         rows = x.flatten(0, 1)  # (N, C)
-        logits = F.linear(rows.float(), self.router.weight.float(), self.router.bias.float())  # (N, E); ties in bf16 misroute
+        logits = RouterLogits.apply(rows, self.router.weight, self.router.bias)  # (N, E)
         top, experts = logits.topk(self.experts_per_token, dim=-1)  # (N, k)
         if torch.is_grad_enabled() and not (Recompute.current and Recompute.current.replaying):
             self.load = self.load + F.one_hot(experts, logits.shape[1]).sum((0, 1))
@@ -682,13 +698,14 @@ class CrossEntropy(torch.autograd.Function):
 class GPTOSS(nn.Module):
     """GPT-OSS. `recompute` says what of a block's activations is computed again in the backward instead of being kept: "none",
     "all", or all but what cuDNN's "attention" returned on full layers, whose cost grows with the square of S; where another
-    kernel runs, as with packed documents, that is "all"."""
+    kernel runs, as with packed documents, that is "all". The last `keep_blocks` blocks recompute nothing: the last, because
+    the backward frees them first, before most gradients exist."""
 
-    def __init__(self, config, recompute="none"):
+    def __init__(self, config, recompute="none", keep_blocks=0):
         super().__init__()
         if recompute not in ("none", "attention", "all"):
             raise ValueError(f"recompute={recompute!r}: choose none, attention or all")
-        self.config, self.recompute = config, recompute
+        self.config, self.recompute, self.keep_blocks = config, recompute, keep_blocks
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -740,7 +757,8 @@ class GPTOSS(nn.Module):
         for layer, block in enumerate(self.blocks):
             remember = functools.partial(cache.extend, layer) if cache else None
             inputs = x, cos, sin, attend[config.window(layer)], remember
-            if self.recompute == "none" or not torch.is_grad_enabled():
+            kept = self.recompute == "none" or layer >= config.num_hidden_layers - self.keep_blocks
+            if kept or not torch.is_grad_enabled():
                 x = block(*inputs)
             else:
                 contexts = functools.partial(Recompute.contexts, keep_attention=self.recompute == "attention")

@@ -58,6 +58,7 @@ class Options(GPTOSSConfig):
         "fp32", "fp32: 16 bytes a parameter; split: 10, as exact but for bf16 moments; bf16: 8, loses small updates"
     )
     recompute: str = option("all", "activations made again in the backward: none, all, or all but the output of attention")
+    keep_blocks: int = option(0, "the last so many blocks recompute nothing: for memory that is left over")
     offload: bool = option(False, "keep the blocks' inputs in host memory between forward and backward")
     # evaluation, saving, output
     eval_every: int = option(0, "steps between evaluations, the last step always; 0: never")
@@ -92,6 +93,7 @@ class Options(GPTOSSConfig):
             "beta1",
             "beta2",
             "grad_clip",
+            "keep_blocks",
             "eval_every",
             "save_every",
         )
@@ -207,9 +209,10 @@ def check_files(options, config):
     gpus, wanted = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if options.offload and not gpus:
         raise ValueError("offload=True needs a GPU: without one there is no other memory than the host's")
-    if options.offload and options.recompute == "none":
+    if options.offload and (options.recompute == "none" or options.keep_blocks):
         raise ValueError(
-            "offload=True moves the blocks' inputs, which only recompute=attention or all keeps alone: choose one of these"
+            f"offload=True moves the blocks' inputs, and recompute={options.recompute}, keep_blocks={options.keep_blocks} keep "
+            "more than those: choose recompute=attention or all, and keep_blocks=0"
         )
     if 0 < gpus < wanted:
         raise ValueError(f"--nproc_per_node {wanted}: this machine has {gpus} GPUs, and each rank needs one")

@@ -60,8 +60,11 @@ def start_ranks(options):
 def build_model(options, config, device, mesh, dtype):
     """The model: built without memory, sharded, given memory, filled; no rank ever holds all of it."""
     with torch.device("meta"):
-        model = GPTOSS(config, options.recompute)
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)  # rotary tables: fp32
+        model = GPTOSS(config, options.recompute, options.keep_blocks)
+    # gradients add up in fp32; but two that are stored in bf16 add up in bf16, which rounds once as well and sends half as much
+    one_sum = mesh.size() == 2 and dtype == torch.bfloat16 and options.optimizer != "fp32"
+    reduce_dtype = torch.bfloat16 if one_sum else torch.float32
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)  # rotary tables: fp32
     mesh = mesh if options.replicas > 1 else mesh["shard"]
     model = model.to(torch.float32 if options.optimizer == "fp32" else torch.bfloat16)
     for module in [*model.blocks, model]:
@@ -187,7 +190,7 @@ def dry_run(options):
     check_ranks(options, config, ranks)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in GPTOSS(config).parameters())
-    shared = ("sp", "replicas", "seq_len", "micro_batch", "optimizer", "recompute", "offload")
+    shared = ("sp", "replicas", "seq_len", "micro_batch", "optimizer", "recompute", "keep_blocks", "offload")
     micro_batches = options.batch_size * options.sp // (ranks * options.micro_batch)
     settings = {name: getattr(options, name) for name in shared}
     needs = estimate(config, parameters=parameters, ranks=ranks, micro_batches=micro_batches, **settings)

@@ -13,7 +13,7 @@ batch_size = 16  # 524,288 tokens a step = 8 micro-batches x 2 groups x 1 row x 
 micro_batch = 1
 
 optimizer = "split"  # 1.17 TB over sixteen GPUs: 73 GB each; a copy a node (replicas = 2) would need 146
-recompute = "attention"
+recompute, keep_blocks = "attention", 24  # 113 GiB of 131 by the dry run
 
 steps = 200
 lr, warmup_steps = 1e-5, 20

@@ -201,7 +201,32 @@ def test_training_on_two_ranks(tmp_path):
         assert row["tokens_per_second"] == pytest.approx(row["tokens"] / 2 / row["seconds"])
         assert row["tflops"] == pytest.approx(config.flops_per_token(row["sequence"]) * row["tokens_per_second"] / 1e12)
         assert row["share_of_matmul"] == pytest.approx(row["tflops"] / results["matmul"])
-        assert 0 < row["optimizer_seconds"] < row["seconds"] and row["recompute"] == "attention" and not row["offload"]
+        assert 0 < row["optimizer_seconds"] < row["seconds"]
+        assert (row["recompute"], row["keep_blocks"], row["offload"]) == ("attention", 1, False), "there is room for all"
+
+
+@pytest.mark.parametrize(
+    "needs, chosen",
+    [
+        ({}, ("attention", 3, False)),
+        ({"keep_blocks": 30}, ("attention", 1, False)),
+        ({"keep_blocks": 30, "attention": 60}, ("attention", 0, True)),
+        ({"keep_blocks": 30, "attention": 80}, ("all", 0, True)),
+        ({"all": 200}, ("all", 0, True)),
+    ],
+)
+def test_least_recomputation(needs, chosen, monkeypatch):
+    """The first that leaves a tenth of 100 bytes; if none does, the smallest."""
+
+    def peak(recompute, keep_blocks, offload):
+        return 20 + needs.get("keep_blocks", 0) * keep_blocks + needs.get(recompute, 0) + needs.get("all", 0) + 20 * (not offload)
+
+    monkeypatch.setattr(bench, "GPU", True)
+    monkeypatch.setattr(bench.torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(total_memory=100))
+    found = bench.least_recomputation(types.SimpleNamespace(recompute="auto", keep_blocks=None), 3, peak)
+    assert tuple(found.values()) == chosen
+    found = bench.least_recomputation(types.SimpleNamespace(recompute="all", keep_blocks=1), 3, lambda **settings: 1)
+    assert tuple(found.values()) == ("all", 1, False)
 
 
 @cpu_only

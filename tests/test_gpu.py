@@ -26,8 +26,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import model as model_module
 import sp
-from memory import HostMemory, SplitAdamW, join
-from model import GPTOSS, CudnnSinkAttention, block_mask, cudnn_refuses, dense_attention, flex_sink_attention
+from memory import HostMemory, SplitAdamW, estimate, join
+from model import GPTOSS, CudnnSinkAttention, GPTOSSConfig, block_mask, cudnn_refuses, dense_attention, flex_sink_attention
 from sample import generate
 
 pytestmark = pytest.mark.gpu
@@ -280,6 +280,24 @@ def test_loss(dtype, tolerance, monkeypatch):
             grads = torch.autograd.grad(out, (a, b), torch.ones_like(out) if kind == "loss" else scale.to(out.dtype))
             outputs.append(dict(zip(["out", "x", "weight"], (out, *grads))))
         assert_all_close(*outputs, tolerance)
+
+
+def test_kept_blocks_keep_what_is_estimated():
+    """At the 20b's layer shapes: what two blocks keep beyond their inputs, against memory.estimate."""
+    config = GPTOSSConfig(num_hidden_layers=2, vocab_size=1024)
+    run = {"ranks": 1, "sp": 1, "replicas": 1, "seq_len": 8192, "micro_batch": 1, "optimizer": "bf16", "offload": False}
+    model = noise_(GPTOSS(config, "all").to(CUDA, torch.bfloat16))
+    tokens, targets = (x.to(CUDA) for x in batch(config, 1, run["seq_len"]))
+    kept, estimated = [], []
+    for model.keep_blocks in (0, 2):
+        for _ in range(2):  # the first compiles
+            before = torch.cuda.memory_allocated()
+            loss = model(tokens, targets)
+            kept.append(torch.cuda.memory_allocated() - before)
+            del loss
+        needs = estimate(config, parameters=1_000_000, recompute="all", keep_blocks=model.keep_blocks, **run)
+        estimated.append(needs["gradients, or activations kept for the backward"])
+    assert kept[3] - kept[1] == pytest.approx(estimated[1] - estimated[0], rel=0.03)
 
 
 @pytest.mark.parametrize("recompute", ["all", "attention"])

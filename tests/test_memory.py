@@ -193,7 +193,10 @@ def test_what_is_kept_for_the_backward():
     layer = 2 * tokens * config.hidden_size
     assert kept() == 4 * layer and kept(offload=True) == 2 * layer and kept(sp=8) == 2 * layer
     assert kept(recompute="attention") == 4 * layer + 2 * tokens * (2 * 6 * 8 + 4 * 6)
-    assert kept(recompute="none") > kept(recompute="attention")
+    whole = kept(recompute="none")
+    assert whole > kept(recompute="attention")
+    assert kept(keep_blocks=1) == 3 * layer + whole / 4 and kept(keep_blocks=9) == kept(keep_blocks=4) == whole
+    assert kept(keep_blocks=2, recompute="attention") == kept(keep_blocks=2) + tokens * (2 * 6 * 8 + 4 * 6)
 
 
 def test_longer_sequences_need_more_of_what_they_fill():

@@ -439,6 +439,34 @@ def test_experts_run_no_more_often_than_they_must(recompute, runs, monkeypatch):
     assert all(block.mlp.load.sum() == 2 * 9 * 2 and block.mlp.load.shape == (5,) for block in model.blocks)
 
 
+def test_router():
+    """fp32 inside, whatever comes in; and no fp32 copy of the rows is kept."""
+    generator = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(shape, generator=generator).bfloat16().requires_grad_() for shape in [(19, 24), (5, 24), (5,)]]
+    kept, grad = [], torch.randn(19, 5, generator=generator)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.dtype) or x, lambda x: x):
+        logits = model_module.RouterLogits.apply(*leaves)
+    assert logits.dtype == torch.float32 and kept == [torch.bfloat16] * 2
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    expected = F.linear(*exact)
+    assert relative(logits, expected) <= 1e-6
+    for found, wanted in zip(torch.autograd.grad(logits, leaves, grad), torch.autograd.grad(expected, exact, grad.double())):
+        assert found.dtype == torch.bfloat16 and relative(found, wanted) <= 3e-3
+
+
+@pytest.mark.parametrize("keep_blocks", [0, 1, 2, 3, 4])
+def test_kept_blocks(keep_blocks):
+    """The last blocks run once, the others again in the backward; the gradients are the same to the bit."""
+    twin, model = noise_(GPTOSS(tiny_config())), noise_(GPTOSS(tiny_config(), "all", keep_blocks))
+    runs = [0] * 3
+    for number, block in enumerate(model.blocks):
+        block.register_forward_pre_hook(lambda *_, number=number: runs.__setitem__(number, runs[number] + 1))
+    for m in twin, model:
+        m(*batch(m.config, 2, 29)).backward()
+    assert runs == [1 if number >= 3 - keep_blocks else 2 for number in range(3)]
+    assert all(torch.equal(a, b) for a, b in zip(gradients(model).values(), gradients(twin).values()))
+
+
 def test_bf16():
     """The whole model in bf16 on a CPU, against the same weights in fp32."""
     config = tiny_config(hidden_size=24, intermediate_size=16)  # grouped matmuls in bf16 want sizes that 8 divides

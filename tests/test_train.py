@@ -10,10 +10,14 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
+from common import batch, run_ranks, tiny_config
 from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 from loop import NO_GPU, TINY, losses, make_home, metrics, train, write_corpus
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import train as loop
 from checkpoint import weight_files
@@ -81,6 +85,30 @@ def test_losses_are_those_of_one_rank(home, printed, name):
     assert max(abs(a - b) / b for a, b in zip(*norms)) < 1e-3
     loads = [[row["expert_load"] for row in metrics(home, run)] for run in (name, "one")]
     assert max(abs(a - b) / b for a, b in zip(*loads)) < 0.05  # a token between two experts may choose the other
+
+
+def sharded_gradients(ranks, optimizer, in_fp32):
+    """{name: gradient}, whole, of a bf16 model over `ranks` ranks that each have tokens of their own."""
+    config = tiny_config(hidden_size=24, intermediate_size=16)  # grouped matmuls in bf16 want sizes that 8 divides
+    options = Options(**dataclasses.asdict(config), batch_size=ranks, optimizer=optimizer)
+    mesh = init_device_mesh("cpu", (1, ranks), mesh_dim_names=("replica", "shard"))
+
+    def policy(**settings):
+        return MixedPrecisionPolicy(**settings | ({"reduce_dtype": torch.float32} if in_fp32 else {}))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "MixedPrecisionPolicy", policy)
+        model = loop.build_model(options, config, torch.device("cpu"), mesh, torch.bfloat16)
+    tokens, targets = batch(config, 2, 16, seed=dist.get_rank())
+    model(tokens, targets, count=torch.tensor(24 * ranks)).backward()
+    return {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("ranks, optimizer", [(2, "split"), (4, "split"), (2, "fp32")])
+def test_bf16_sums_are_as_exact_as_fp32_ones(ranks, optimizer):
+    found, expected = (run_ranks(ranks, sharded_gradients, ranks, optimizer, in_fp32)[0] for in_fp32 in (False, True))
+    assert {g.dtype for g in found.values()} == {torch.float32 if optimizer == "fp32" else torch.bfloat16}
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_first_step_against_the_model_alone(home, printed):
@@ -168,6 +196,23 @@ def test_files_of_a_run(home, printed):
     assert "weights are in runs/one/model\nab" in printed["one"]
     pytest.importorskip("matplotlib", reason="draws loss.png")
     assert (run / "loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    "config, gigabytes, sizes",
+    [
+        ("gptoss_64k", 80, {}),
+        ("gptoss_128k_2gpu", 141, {}),
+        ("gptoss_120b", 141, {"num_hidden_layers": 36, "num_experts": 128}),
+    ],
+)
+def test_configs_fit_their_gpus(config, gigabytes, sizes, monkeypatch, capsys):
+    """With four gigabytes to spare for CUDA and NCCL."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assigned = [f"--{name}={value}" for name, value in sizes.items()]
+    loop.dry_run(parse([str(ROOT / "configs" / f"{config}.py"), "--checkpoint=", *assigned], ""))
+    peak = re.search(r"([\d.]+) GiB  peak of each", capsys.readouterr().out)
+    assert 0.5 * gigabytes * 1e9 < float(peak[1]) * 2**30 < (gigabytes - 4) * 1e9
 
 
 def test_dry_run(home):
