@@ -3,7 +3,7 @@
     python convert_hf.py openai/gpt-oss-20b                        # Hub name or local folder -> checkpoints/gpt-oss-20b
     python convert_hf.py my-download --out my-folder               # the same, from a folder, to a place of your choice
     python convert_hf.py openai/gpt-oss-20b --verify               # ours against transformers' on one prompt
-    python convert_hf.py --export runs/my-run --out my-model       # -> a folder that transformers loads
+    python convert_hf.py --export runs/my-run --out my-model       # -> a folder for transformers and vLLM
     python convert_hf.py --export runs/my-run --out my-model --mxfp4
 
 Three layouts are read: Hugging Face's with its experts in bf16 or in MXFP4, and OpenAI's own (`original/` on the Hub).
@@ -429,6 +429,11 @@ def export_checkpoint(run, out, mxfp4=False, dtype=None, tokenizer=None):
         (aside / "config.json").write_text(json.dumps(given, indent=2) + "\n")
         for files in filter(None, (folder, tokenizer)):
             copy_companions(files, aside)
+    turned = int(config.initial_context_length * config.rope_scaling_factor)  # positions in vLLM's rotary table
+    constants = {"rms_norm_eps": 1e-5, "swiglu_limit": 7.0, "max_position_embeddings": min(turned, config.max_position_embeddings)}
+    for name, value in constants.items():
+        if getattr(config, name) != value:
+            print(f"note: {name} is {getattr(config, name)}; vLLM 0.32 computes as if it were {value}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -498,7 +503,7 @@ def main(arguments=None):
         if options.export:
             dtype = getattr(torch, options.dtype) if options.dtype else None
             export_checkpoint(options.export, options.out, options.mxfp4, dtype, options.tokenizer)
-            print(f"{options.out} is ready: transformers loads it, and its layout is the released model's")
+            print(f"{options.out} is ready for transformers and vLLM")
             return
         out = options.out or Path("checkpoints") / Path(options.source).resolve().name
         if not (options.verify and (out / "config.json").exists()):

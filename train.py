@@ -295,7 +295,9 @@ def train(options):
     # model, optimizer
     automatic = "bfloat16" if device.type == "cuda" else "float32"
     dtype = getattr(torch, automatic if options.dtype == "auto" else options.dtype)
+    start = time.perf_counter()
     model = build_model(options, config, device, mesh, dtype)
+    ready = f"weights {f'from {options.checkpoint}' if options.checkpoint else 'random'}, in {time.perf_counter() - start:.1f} s"
     optimizer = build_optimizer(options, model)
 
     # where to begin
@@ -317,6 +319,7 @@ def train(options):
     tokens_a_step = options.batch_size * options.seq_len
     flops, peak = config.flops_per_token(options.seq_len), peak_flops(device)
     log.say(arithmetic(options, config, sum(p.numel() for p in model.parameters()), ranks))
+    log.say(ready)
     log.say(data.describe())
     if step:
         log.say(f"goes on after step {step - 1}")

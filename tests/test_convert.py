@@ -386,7 +386,9 @@ def test_export_of_a_training_run(tmp_path, capsys):
     assert {t.dtype for t in all_tensors(tmp_path / "plain").values()} == {torch.float32}
 
     export_checkpoint(run, tmp_path / "mxfp4", mxfp4=True)
-    stated = float(capsys.readouterr().out.split("relative error ")[1].split()[0])
+    printed = capsys.readouterr().out
+    assert "note: rms_norm_eps is 0.0001; vLLM" in printed and "max_position" not in printed and "swiglu" not in printed
+    stated = float(printed.split("relative error ")[1].split()[0])
     import_checkpoint(str(tmp_path / "mxfp4"), tmp_path / "quantized")
     before, after = all_tensors(run / "model"), all_tensors(tmp_path / "quantized")
     names = [name for name in before if name.endswith(("gate_up_weight", "down_weight"))]
