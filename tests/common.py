@@ -176,6 +176,8 @@ def twins(config, seed=0, recompute="none"):
     transformers = pytest.importorskip("transformers", reason="transformers is the reference")
     theirs = hugging_face_config(config, attn_implementation="eager", experts_implementation="eager")
     theirs = noise_(transformers.GptOssForCausalLM(theirs), seed)
+    for layer in theirs.model.layers:
+        layer.mlp.experts.limit = config.swiglu_limit  # which 5.17 fixes at 7
     ours = GPTOSS(config, recompute)
     ours.load_state_dict(from_hugging_face(dict(theirs.named_parameters())))
     return ours, theirs

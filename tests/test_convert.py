@@ -546,7 +546,7 @@ def test_a_crash_half_way_leaves_nothing(tmp_path, whole, monkeypatch):
     def crash(place, rows, tensor):
         written.append(place.path)
         assert place.path.exists() and place.path.parent.name != "ours"
-        if len(written) == 5:
+        if len(written) >= 5:  # threads append: a length may be skipped
             raise KeyboardInterrupt
         return write(place, rows, tensor)
 
