@@ -480,17 +480,18 @@ def swiglu(h, bias, expert, limit):
 
 
 @fused
-def swiglu_backward(h, bias, expert, limit, da, weight):
-    """With a = swiglu(h) and the gradient `weight * da` of a -> dh (R, 2F), weight * a (R, F), and da . a (R)."""
+def swiglu_backward_(h, bias, expert, limit, da, weight, dgate, dup):
+    """With a = swiglu(h) and the gradient `weight * da` of a: fill dgate and dup (R, F), the halves of h's gradient, and return
+    weight * a (R, F) and da . a (R). Halves, because the compiler makes one kernel of this, and two of one with a torch.cat."""
     gate, up = (h.float() + bias.float()[expert]).chunk(2, dim=-1)
     gate_open, up_open = gate <= limit, up.abs() <= limit  # a clamped value has no gradient
     gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     sigmoid = torch.sigmoid(1.702 * gate)
     da, weight = da.float(), weight[:, None]
     a = (up + 1) * gate * sigmoid
-    dgate = weight * da * (up + 1) * sigmoid * (1 + 1.702 * gate * (1 - sigmoid)) * gate_open
-    dup = weight * da * gate * sigmoid * up_open
-    return torch.cat((dgate, dup), dim=-1).to(h.dtype), (weight * a).to(h.dtype), (da * a).sum(-1)
+    dgate.copy_(weight * da * (up + 1) * sigmoid * (1 + 1.702 * gate * (1 - sigmoid)) * gate_open)
+    dup.copy_(weight * da * gate * sigmoid * up_open)
+    return (weight * a).to(h.dtype), (da * a).sum(-1)
 
 
 @fused
@@ -552,7 +553,9 @@ class ExpertsFunction(torch.autograd.Function):
             rows, g_rows = tile[order // k], g[order // k]  # (R, C)
             h = hidden.pop(0) if hidden else F.grouped_mm(rows, w1, offs=ends)  # (R, 2F)
             da = F.grouped_mm(g_rows, w2.transpose(1, 2), offs=ends)  # (R, F)
-            dh, weighted_a, da_a = swiglu_backward(h, b1, expert, ctx.limit, da, weight.flatten()[order])
+            dh = torch.empty_like(h)
+            halves = dh.chunk(2, dim=-1)
+            weighted_a, da_a = swiglu_backward_(h, b1, expert, ctx.limit, da, weight.flatten()[order], *halves)
             dtile.copy_(gather_sum(F.grouped_mm(dh, w1.transpose(1, 2), offs=ends), where))
             dweight.copy_(da_a[where] + (g @ b2.t()).gather(1, choice))
             of_expert = F.one_hot(expert, len(w1)).to(dh.dtype)  # (R, E): bias gradients as matmuls, not atomic adds
