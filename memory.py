@@ -29,7 +29,7 @@ def split(master):
     return high.short().view(torch.bfloat16), (bits - (high << 16)).short()
 
 
-def adamw(weight, rest, grad, m, v, lr, beta1, beta2, eps, decay, correction1, correction2):
+def adamw(weight, rest, grad, m, v, lr, decay, correction1, correction2, beta1, beta2, eps):
     """One AdamW update, in fp32, of a bf16 weight whose master's low bits are `rest`; m and v are bf16. All in place.
 
     https://arxiv.org/abs/1711.05101. The corrections are 1 - beta^step."""
@@ -57,27 +57,32 @@ class SplitAdamW(torch.optim.Optimizer):
             for p in group["params"]:
                 m, v, rest = torch.zeros_like(p), torch.zeros_like(p), torch.zeros_like(p, dtype=torch.int16)
                 self.state[p] = {"step": torch.zeros(()), "exp_avg": m, "exp_avg_sq": v, "rest": rest}
-        self.update = {"cpu": adamw, "cuda": torch.compile(adamw, dynamic=True)}  # on a GPU one kernel, no temporaries
+        self.update = {"cpu": adamw, "cuda": torch.compile(adamw)}  # on a GPU one kernel, no temporaries
+
+    @staticmethod
+    def rows(t):
+        """This rank's part of t as rows of 16. Of a size that it does not know to be a multiple of 16, one kernel for all sizes
+        would read two bytes at a time."""
+        t = t.to_local() if isinstance(t, DTensor) else t
+        width = 16 if t.numel() % 16 == 0 else 1
+        return t.view(t.numel() // width, width)
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
-            numbers = {}  # that change from step to step are tensors, or each would be compiled into a kernel of its own
+            numbers = {}  # are tensors, or each would be compiled into a kernel of its own
             for p in group["params"]:
                 if p.grad is None:
                     continue
                 state = self.state[p]
                 state["step"] += 1
                 steps = state["step"].item()
-                tensors = (p, state["rest"], p.grad, state["exp_avg"], state["exp_avg_sq"])
-                tensors = [(t.to_local() if isinstance(t, DTensor) else t).flatten() for t in tensors]
+                tensors = [self.rows(t) for t in (p, state["rest"], p.grad, state["exp_avg"], state["exp_avg_sq"])]
                 if steps not in numbers:
-                    values = [group["lr"], 1 - beta1**steps, 1 - beta2**steps]
+                    values = [group["lr"], group["weight_decay"], 1 - beta1**steps, 1 - beta2**steps]
                     numbers[steps] = torch.tensor(values, device=tensors[0].device).unbind()
-                lr, correction1, correction2 = numbers[steps]
-                update, decay = self.update[p.device.type], group["weight_decay"]
-                update(*tensors, lr, beta1, beta2, group["eps"], decay, correction1, correction2)
+                self.update[p.device.type](*tensors, *numbers[steps], beta1, beta2, group["eps"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

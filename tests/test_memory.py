@@ -120,6 +120,14 @@ def test_parameter_without_gradient_is_left_alone():
     assert torch.equal(p, random_weight()) and optimizer.state[p]["step"] == 0
 
 
+@pytest.mark.parametrize("shape, rows", [((3, 32), (6, 16)), ((1, 16), (1, 16)), ((5, 3), (15, 1)), ((0, 7), (0, 16))])
+def test_rows_are_the_tensor(shape, rows):
+    t = torch.zeros(shape)
+    assert SplitAdamW.rows(t).shape == rows
+    SplitAdamW.rows(t).add_(1)
+    assert t.sum() == t.numel()
+
+
 def sharded_steps(steps):
     mesh = init_device_mesh("cpu", (2,))
     p = torch.nn.Parameter(distribute_tensor(random_weight(), mesh, [Shard(0)]))
