@@ -89,6 +89,9 @@ class SplitAdamW(torch.optim.Optimizer):
 # Layer inputs in host memory
 
 
+PIECE = 32 * 2**20  # numbers in a block of pinned memory, of which PyTorch makes only powers of two: of 5,760 bytes 8,192
+
+
 class HostMemory(saved_tensors_hooks):
     """`with HostMemory():` what autograd keeps of hidden states (B, S, C) for the backward waits in pinned host memory.
 
@@ -104,15 +107,17 @@ class HostMemory(saved_tensors_hooks):
     def pack(self, x):
         if not x.is_cuda or x.dim() != 3 or not x.is_floating_point():
             return x
-        host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        pieces = x.flatten().split(PIECE)
+        host = [torch.empty(piece.shape, dtype=x.dtype, pin_memory=True) for piece in pieces]
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            host.copy_(x, non_blocking=True)
+            for there, here in zip(host, pieces):
+                there.copy_(here, non_blocking=True)
             self.leaving.append((x, self.stream.record_event()))
         if len(self.leaving) > 1:  # the computation waits for the copy before this one, whose source then is free
             _, copied = self.leaving.pop(0)
             torch.cuda.current_stream().wait_event(copied)
-        self.host.append(host)
+        self.host.append((host, x.shape))
         return len(self.host) - 1
 
     def unpack(self, kept):
@@ -131,10 +136,12 @@ class HostMemory(saved_tensors_hooks):
     def fetch(self, kept):
         if kept < 0 or kept in self.back or self.host[kept] is None:
             return
-        x = torch.empty(self.host[kept].shape, dtype=self.host[kept].dtype, device="cuda")
+        host, shape = self.host[kept]
+        x = torch.empty(shape, dtype=host[0].dtype, device="cuda")
         self.stream.wait_stream(torch.cuda.current_stream())  # what used this memory before is done
         with torch.cuda.stream(self.stream):
-            x.copy_(self.host[kept], non_blocking=True)
+            for there, here in zip(host, x.flatten().split(PIECE)):
+                here.copy_(there, non_blocking=True)
             self.back[kept] = x, self.stream.record_event()
 
 

@@ -198,6 +198,9 @@ def dry_run(options):
     for what, size in needs.items():
         print(f"{size / 2**30:8.1f} GiB  {what}")
     print(f"{sum(needs.values()) / 2**30:8.1f} GiB  peak of each of {ranks} GPUs, without what CUDA and NCCL take")
+    if options.offload:
+        inputs = options.micro_batch * options.seq_len // options.sp * config.num_hidden_layers * config.hidden_size * 2
+        print(f"{inputs / 2**30:8.1f} GiB  of host memory for each GPU: the blocks' inputs")
 
 
 def peak_flops(device):
