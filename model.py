@@ -5,7 +5,7 @@ One GPU and eight read the same: sequence parallelism lives in sp.py and is the 
 
 References: the definition, https://github.com/openai/gpt-oss (gpt_oss/torch/model.py); the model card,
 https://arxiv.org/abs/2508.10925. Where we differ: the gate and up halves of the experts lie side by side, not interleaved
-(convert_hf.py reorders them), rotary tables and sinks are applied in fp32, the router runs in fp32.
+(convert_hf.py reorders them), rotary tables and sinks are applied in fp32, and the router's logits are fp32.
 
 Letters in shapes:
     B sequences    S tokens of each: this rank's, but inside attention the whole sequence's (s and S where both occur)
@@ -220,6 +220,13 @@ def keep(compute):
         state.kept.append(compute())
         return state.kept[-1]
     return state.kept.pop(0)
+
+
+def add_matmul_(total, a, b):
+    """total += a @ b, with `total` in fp32 and a, b in whatever they are in."""
+    if total.is_cuda and a.dtype != total.dtype:
+        return torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    return total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -574,17 +581,18 @@ class ExpertsFunction(torch.autograd.Function):
 class RouterLogits(torch.autograd.Function):
     """x (N, C), weight (E, C), bias (E) -> (N, E) in fp32: rounded to bf16 they would tie, and tokens go to the wrong experts.
 
-    Keeps x as it is, where autograd would keep it in fp32: a ninth of all that a block keeps which recomputes nothing."""
+    No fp32 copy of x is made, which autograd would keep: a ninth of all that a block keeps which recomputes nothing."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
-        return F.linear(x.float(), weight.float(), bias.float())
+        return add_matmul_(bias.float().repeat(len(x), 1), x, weight.t())
 
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        return (grad @ weight.float()).to(x.dtype), (grad.t() @ x.float()).to(weight.dtype), grad.sum(0).to(weight.dtype)
+        g = grad.to(x.dtype)
+        return g @ weight, g.t() @ x, grad.sum(0).to(weight.dtype)
 
 
 class Experts(nn.Module):
@@ -642,13 +650,6 @@ def logits_gradient_(logits, targets, scale):
     onehot = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
     scale = torch.where(targets == IGNORED, 0, scale)[:, None]
     logits.copy_((onehot.float() - logits.float().softmax(-1)) * scale)
-
-
-def add_matmul_(total, a, b):
-    """total += a @ b, with `total` in fp32 and a, b in whatever they are in."""
-    if total.is_cuda and a.dtype != total.dtype:
-        return torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    return total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
 def loss_gradient(x, weight, targets, scale):
