@@ -639,17 +639,18 @@ class Block(nn.Module):
 
 @fused
 def pick_logprobs(logits, targets):
-    """(N, V), (N) -> (N) fp32: log softmax at the target; 0 where it is not counted."""
-    picked = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0].float() - logits.float().logsumexp(-1)
-    return torch.where(targets == IGNORED, 0, picked)
+    """(N, V), (N) -> log softmax at the target (N) fp32, 0 where it is not counted, and the logsumexp (N) fp32."""
+    lse = logits.float().logsumexp(-1)
+    picked = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0].float() - lse
+    return torch.where(targets == IGNORED, 0, picked), lse
 
 
 @fused
-def logits_gradient_(logits, targets, scale):
+def logits_gradient_(logits, targets, lse, scale):
     """Overwrite logits (N, V) by the gradient of sum(scale * logprobs): scale (N) times onehot - softmax."""
     onehot = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
     scale = torch.where(targets == IGNORED, 0, scale)[:, None]
-    logits.copy_((onehot.float() - logits.float().softmax(-1)) * scale)
+    logits.copy_((onehot.float() - (logits.float() - lse[:, None]).exp()) * scale)
 
 
 def loss_gradient(x, weight, targets, scale):
@@ -658,8 +659,9 @@ def loss_gradient(x, weight, targets, scale):
     dweight = torch.zeros_like(weight, dtype=torch.float32)  # every few rows add to it: in fp32
     for rows, target, s, logp, drows in zip(*(t.split(LOSS_ROWS) for t in (x, targets, scale, logprobs, dx))):
         logits = rows @ weight.t()  # (LOSS_ROWS, V)
-        logp.copy_(pick_logprobs(logits, target))
-        logits_gradient_(logits, target, s)
+        picked, lse = pick_logprobs(logits, target)
+        logp.copy_(picked)
+        logits_gradient_(logits, target, lse, s)
         torch.mm(logits, weight, out=drows)
         add_matmul_(dweight, logits.t(), rows)
     return logprobs, dx, dweight.to(weight.dtype)
@@ -671,7 +673,7 @@ class LogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets):
         ctx.save_for_backward(x, weight, targets)
-        return torch.cat([pick_logprobs(r @ weight.t(), t) for r, t in zip(x.split(LOSS_ROWS), targets.split(LOSS_ROWS))])
+        return torch.cat([pick_logprobs(r @ weight.t(), t)[0] for r, t in zip(x.split(LOSS_ROWS), targets.split(LOSS_ROWS))])
 
     @staticmethod
     def backward(ctx, grad):
