@@ -518,17 +518,19 @@ def measure_training(config, model, optimizer, row):
 
 
 def least_recomputation(options, layers, needs):
-    """The settings that compute least again and, by the estimate needs(settings) in bytes, leave a tenth of the GPU free."""
+    """The settings that compute least again and, by the estimate needs(settings) in bytes, leave a tenth of the GPU free. Those
+    that were given stay, whether they fit or not."""
     room = 0.9 * torch.cuda.get_device_properties(DEVICE).total_memory if GPU else math.inf
     modes = ["attention", "all"] if options.recompute == "auto" else [options.recompute]
     blocks = range(layers, -1, -1) if options.keep_blocks is None else [options.keep_blocks]
     choices = [{"recompute": modes[0], "keep_blocks": n, "offload": False} for n in blocks]
-    choices += [{"recompute": mode, "keep_blocks": 0, "offload": GPU} for mode in modes]
+    if not options.keep_blocks and options.recompute != "none":
+        choices += [{"recompute": mode, "keep_blocks": 0, "offload": GPU} for mode in modes]
     return next((choice for choice in choices if needs(**choice) <= room), choices[-1])
 
 
-TRAINING = [("sequences", "row", "<11"), ("sp", "sp", ">3"), ("recompute", "recompute", ">10"), ("but", "keep_blocks", ">4")]
-TRAINING += [("offload", "offload", ">8")]
+TRAINING = [("sequences", "row", "<11"), ("sp", "sp", ">3"), ("recompute", "recompute", ">10")]
+TRAINING += [("kept blocks", "keep_blocks", ">12"), ("offload", "offload", ">8")]
 TRAINING += SPEED + [("peak GiB", "peak_gib", ">10.1f"), ("estimate", "estimate_gib", ">9.1f"), ("step s", "seconds", ">9.3f")]
 TRAINING += [("optimizer s", "optimizer_seconds", ">12.3f"), ("communication", "communication", ">14.1%")]
 TRAINING += [("compile s", "compile_seconds", ">10.1f")]
@@ -548,8 +550,8 @@ def training_section(options, config, results):
     optimizer, parameters = build_optimizer(settings, model), sum(p.numel() for p in model.parameters())
     results.save(ranks=ranks, optimizer=options.optimizer, matmul=ceiling)
 
-    def peak(**settings):
-        needs = estimate(config, parameters=parameters, ranks=ranks, replicas=1, optimizer=options.optimizer, **settings)
+    def peak(**row):
+        needs = estimate(config, parameters=parameters, ranks=ranks, replicas=1, optimizer=options.optimizer, **row)
         return sum(needs.values())
 
     say(f"\nFull training steps on {ranks} ranks, optimizer {options.optimizer}; tok/s and TFLOP/s are one GPU's, and")

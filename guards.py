@@ -148,11 +148,11 @@ def describe_lost(store):
 def memory_advice(options):
     """The options that still have memory to give, the cheapest first."""
     advice = [
-        (options.keep_blocks > 0, "a smaller --keep_blocks"),
+        (options.keep_blocks > 0 and options.recompute != "none", "a smaller --keep_blocks"),
         (options.recompute == "none", "--recompute=attention"),
         (options.micro_batch > 1, "a smaller --micro_batch"),
         (options.optimizer == "fp32", "--optimizer=split (10 bytes a parameter instead of 16)"),
-        (not options.offload, "--offload=true (blocks' inputs to host memory)"),
+        (not options.offload, "--offload=true --keep_blocks=0 (blocks' inputs to host memory)"),
         (options.recompute == "attention", "--recompute=all"),
         (True, "a larger --sp over more GPUs, or a shorter --seq_len"),
     ]

@@ -89,7 +89,7 @@ class SplitAdamW(torch.optim.Optimizer):
 # Layer inputs in host memory
 
 
-PIECE = 32 * 2**20  # numbers in a block of pinned memory, of which PyTorch makes only powers of two: of 5,760 bytes 8,192
+PIECE = 4 * 2**20  # numbers copied at a time: PyTorch rounds a block of pinned memory up to a power of two, and this is one
 
 
 class HostMemory(saved_tensors_hooks):
@@ -113,7 +113,7 @@ class HostMemory(saved_tensors_hooks):
         with torch.cuda.stream(self.stream):
             for there, here in zip(host, pieces):
                 there.copy_(here, non_blocking=True)
-            self.leaving.append((x, self.stream.record_event()))
+            self.leaving.append((pieces, self.stream.record_event()))
         if len(self.leaving) > 1:  # the computation waits for the copy before this one, whose source then is free
             _, copied = self.leaving.pop(0)
             torch.cuda.current_stream().wait_event(copied)
@@ -163,10 +163,11 @@ def estimate(
     """Peak memory of one rank in training: {what for: bytes}, which add up to the peak. Counted by hand from model.py, for a
     computation in bf16.
 
-    The backward frees what the forward kept, block by block, as it makes the gradients, so in a step's first micro-batch only
-    the larger of the two counts; in later ones the gradients are there already."""
+    The backward frees what the forward kept, block by block, as it makes the gradients. The blocks that keep most are the last,
+    and freed first, so in a step's first micro-batch only the larger of the two counts; in later ones the gradients are
+    there already."""
     C, F, V, L = config.hidden_size, config.intermediate_size, config.vocab_size, config.num_hidden_layers
-    heads, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    heads, kv = config.num_attention_heads * config.head_dim, max(config.num_key_value_heads, sp) * config.head_dim
     tokens = micro_batch * seq_len // sp
     block = (parameters - 2 * V * C - C) // L
     weight, gradient, moments = (size * parameters * replicas // ranks for size in BYTES[optimizer])
@@ -174,8 +175,10 @@ def estimate(
     gathered = 2 * (2 * block + 2 * V * C) + (2 + (2 if ranks == 2 and optimizer != "fp32" else 4)) * block
     k = config.experts_per_token
     whole = L if recompute == "none" else min(keep_blocks, L)  # blocks of which everything is kept
-    # x before and after both norms; q, k, v; attention's out, where it is FlexAttention's before and after sinks; gates and ups
-    kept = 2 * tokens * whole * (4 * C + (heads + 2 * kv) + 3 * heads // 2 + k * 2 * F)
+    # x before and after both norms; q, k, v; attention's out, a second one after FlexAttention's sinks or the all-to-all, so on
+    # half of the layers or on all; gates and ups
+    outs = 2 * heads if sp > 1 else 3 * heads // 2
+    kept = 2 * tokens * whole * (4 * C + (heads + 2 * kv) + outs + k * 2 * F)
     kept += 2 * tokens * C * min(L - whole, 2 if offload else L)
     if recompute == "attention":  # out, and its logsumexp in fp32, of the layers that see everything
         kept += tokens * (2 * heads + 4 * config.num_attention_heads) * ((L - whole) // 2)

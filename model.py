@@ -705,7 +705,7 @@ class GPTOSS(nn.Module):
     """GPT-OSS. `recompute` says what of a block's activations is computed again in the backward instead of being kept: "none",
     "all", or all but what cuDNN's "attention" returned on full layers, whose cost grows with the square of S; where another
     kernel runs, as with packed documents, that is "all". The last `keep_blocks` blocks recompute nothing: the last, because
-    the backward frees them first, before most gradients exist."""
+    the backward frees them first, in a step's first micro-batch before most gradients exist."""
 
     def __init__(self, config, recompute="none", keep_blocks=0):
         super().__init__()

@@ -107,6 +107,11 @@ class Options(GPTOSSConfig):
             raise ValueError(f"beta1={self.beta1} and beta2={self.beta2} must be less than 1")
         if self.optimizer == "split" and self.beta2 > 0.99:
             raise ValueError(f"beta2={self.beta2}: moments in bf16 follow at most 0.99; lower it, or use optimizer=fp32")
+        if self.offload and (self.recompute == "none" or self.keep_blocks):
+            raise ValueError(
+                f"offload=True moves the blocks' inputs, and recompute={self.recompute}, keep_blocks={self.keep_blocks} keep "
+                "more than those: choose recompute=attention or all, and keep_blocks=0"
+            )
         if Path(self.name).name != self.name or self.name == "..":
             raise ValueError(f"name={self.name!r} must be a plain name: the run's files go to runs/NAME")
 
@@ -209,11 +214,6 @@ def check_files(options, config):
     gpus, wanted = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if options.offload and not gpus:
         raise ValueError("offload=True needs a GPU: without one there is no other memory than the host's")
-    if options.offload and (options.recompute == "none" or options.keep_blocks):
-        raise ValueError(
-            f"offload=True moves the blocks' inputs, and recompute={options.recompute}, keep_blocks={options.keep_blocks} keep "
-            "more than those: choose recompute=attention or all, and keep_blocks=0"
-        )
     if 0 < gpus < wanted:
         raise ValueError(f"--nproc_per_node {wanted}: this machine has {gpus} GPUs, and each rank needs one")
     if options.wandb and not importlib.util.find_spec("wandb"):

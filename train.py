@@ -198,9 +198,9 @@ def dry_run(options):
     for what, size in needs.items():
         print(f"{size / 2**30:8.1f} GiB  {what}")
     print(f"{sum(needs.values()) / 2**30:8.1f} GiB  peak of each of {ranks} GPUs, without what CUDA and NCCL take")
-    if options.offload:
-        inputs = options.micro_batch * options.seq_len // options.sp * config.num_hidden_layers * config.hidden_size * 2
-        print(f"{inputs / 2**30:8.1f} GiB  of host memory for each GPU: the blocks' inputs")
+    if options.offload:  # the last block's output goes there, too
+        hidden = options.micro_batch * options.seq_len // options.sp * config.hidden_size * 2
+        print(f"{hidden * (config.num_hidden_layers + 1) / 2**30:8.1f} GiB  of host memory for each GPU: the blocks' inputs")
 
 
 def peak_flops(device):
@@ -300,7 +300,8 @@ def train(options):
     dtype = getattr(torch, automatic if options.dtype == "auto" else options.dtype)
     start = time.perf_counter()
     model = build_model(options, config, device, mesh, dtype)
-    ready = f"weights {f'from {options.checkpoint}' if options.checkpoint else 'random'}, in {time.perf_counter() - start:.1f} s"
+    source = f"from {options.checkpoint}" if options.checkpoint else "random"
+    ready = f"weights {source}, {time.perf_counter() - start:.1f} s"
     optimizer = build_optimizer(options, model)
 
     # where to begin
@@ -322,10 +323,8 @@ def train(options):
     tokens_a_step = options.batch_size * options.seq_len
     flops, peak = config.flops_per_token(options.seq_len), peak_flops(device)
     log.say(arithmetic(options, config, sum(p.numel() for p in model.parameters()), ranks))
-    log.say(ready)
     log.say(data.describe())
-    if step:
-        log.say(f"goes on after step {step - 1}")
+    log.say(f"goes on after step {step - 1}" if step else ready)
 
     while step < options.steps:
         # the gradient of the mean over all counted targets of the step, whichever rank and micro-batch they are in

@@ -32,6 +32,7 @@ def losses(layout, arguments):
 def main(arguments):
     arguments = arguments or [ROOT / "configs/tiny.py", "--steps=50", "--lr=1e-3", "--micro_batch=8", "--eval_every=0", "--sample="]
     curves = {layout: losses(layout, arguments) for layout in LAYOUTS}
+    assert len({len(values) for values in curves.values()}) == 1, "a run ended early"
     apart = {layout: max(abs(a - b) / abs(b) for a, b in zip(values, curves["sp 1"])) for layout, values in curves.items()}
     for layout in list(curves)[1:]:
         print(f"{layout} against sp 1: {len(curves[layout])} losses, relative difference at most {apart[layout]:.1e}")

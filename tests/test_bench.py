@@ -210,6 +210,7 @@ def test_training_on_two_ranks(tmp_path):
     [
         ({}, ("attention", 3, False)),
         ({"keep_blocks": 30}, ("attention", 1, False)),
+        ({"keep_blocks": 60}, ("attention", 0, False)),
         ({"keep_blocks": 30, "attention": 60}, ("attention", 0, True)),
         ({"keep_blocks": 30, "attention": 80}, ("all", 0, True)),
         ({"all": 200}, ("all", 0, True)),
@@ -225,8 +226,10 @@ def test_least_recomputation(needs, chosen, monkeypatch):
     monkeypatch.setattr(bench.torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(total_memory=100))
     found = bench.least_recomputation(types.SimpleNamespace(recompute="auto", keep_blocks=None), 3, peak)
     assert tuple(found.values()) == chosen
-    found = bench.least_recomputation(types.SimpleNamespace(recompute="all", keep_blocks=1), 3, lambda **settings: 1)
-    assert tuple(found.values()) == ("all", 1, False)
+    for given in ("all", 1), ("none", None), ("none", 0), ("attention", 2):  # too large, and left as it is
+        options = types.SimpleNamespace(**dict(zip(("recompute", "keep_blocks"), given)))
+        found = bench.least_recomputation(options, 3, lambda **settings: 1000)
+        assert tuple(found.values()) == (given[0], given[1] or 0, False)
 
 
 @cpu_only

@@ -201,10 +201,18 @@ def test_what_is_kept_for_the_backward():
     layer = 2 * tokens * config.hidden_size
     assert kept() == 4 * layer and kept(offload=True) == 2 * layer and kept(sp=8) == 2 * layer
     assert kept(recompute="attention") == 4 * layer + 2 * tokens * (2 * 6 * 8 + 4 * 6)
-    whole = kept(recompute="none")
-    assert whole > kept(recompute="attention")
-    assert kept(keep_blocks=1) == 3 * layer + whole / 4 and kept(keep_blocks=9) == kept(keep_blocks=4) == whole
-    assert kept(keep_blocks=2, recompute="attention") == kept(keep_blocks=2) + tokens * (2 * 6 * 8 + 4 * 6)
+    block = 2 * tokens * (4 * 20 + (6 + 2 * 4) * 8 + 2 * 6 * 8 + 2 * 2 * 12)  # at sp 4 three key-value heads would be four
+    assert kept(recompute="none") == 4 * block and kept(keep_blocks=9) == kept(keep_blocks=4) == 4 * block
+    assert kept(keep_blocks=1) == 3 * layer + block
+    assert kept(keep_blocks=2, recompute="attention") == 2 * layer + 2 * block + tokens * (2 * 6 * 8 + 4 * 6)
+    alone = 2 * 4 * tokens * (4 * 20 + (6 + 2 * 3) * 8 + 6 * 8 * 3 // 2 + 2 * 2 * 12)
+    assert kept(keep_blocks=4, sp=1) == 4 * alone
+
+
+def test_two_ranks_add_gradients_in_bf16():
+    """2 bytes a number instead of 4, unless the gradients are kept in fp32."""
+    gathered = {(ranks, kind): needs(ranks=ranks, sp=1, optimizer=kind)["gathered by FSDP"] for ranks in (2, 4) for kind in BYTES}
+    assert gathered[2, "split"] == gathered[2, "bf16"] < gathered[2, "fp32"] == gathered[4, "split"] == gathered[4, "fp32"]
 
 
 def test_longer_sequences_need_more_of_what_they_fill():

@@ -22,6 +22,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 import train as loop
 from checkpoint import weight_files
 from data import TokenData
+from guards import memory_advice
 from model import GPTOSS, IGNORED
 from options import Options, model_config, parse
 
@@ -90,15 +91,17 @@ def test_losses_are_those_of_one_rank(home, printed, name):
 def sharded_gradients(ranks, optimizer, in_fp32):
     """{name: gradient}, whole, of a bf16 model over `ranks` ranks that each have tokens of their own."""
     config = tiny_config(hidden_size=24, intermediate_size=16)  # grouped matmuls in bf16 want sizes that 8 divides
-    options = Options(**dataclasses.asdict(config), batch_size=ranks, optimizer=optimizer)
+    options = Options(**dataclasses.asdict(config), batch_size=ranks, optimizer=optimizer, recompute="all", keep_blocks=2)
     mesh = init_device_mesh("cpu", (1, ranks), mesh_dim_names=("replica", "shard"))
 
     def policy(**settings):
+        assert settings["reduce_dtype"] == (torch.bfloat16 if (ranks, optimizer) == (2, "split") else torch.float32)
         return MixedPrecisionPolicy(**settings | ({"reduce_dtype": torch.float32} if in_fp32 else {}))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "MixedPrecisionPolicy", policy)
         model = loop.build_model(options, config, torch.device("cpu"), mesh, torch.bfloat16)
+    assert (model.recompute, model.keep_blocks) == ("all", 2)
     tokens, targets = batch(config, 2, 16, seed=dist.get_rank())
     model(tokens, targets, count=torch.tensor(24 * ranks)).backward()
     return {name: p.grad.full_tensor() for name, p in model.named_parameters()}
@@ -213,7 +216,7 @@ def test_configs_fit_their_gpus(config, gigabytes, sizes, monkeypatch, capsys):
     loop.dry_run(parse([str(ROOT / "configs" / f"{config}.py"), "--checkpoint=", *assigned], ""))
     printed = capsys.readouterr().out
     peak = re.search(r"([\d.]+) GiB  peak of each", printed)
-    assert ("8.4 GiB  of host memory" in printed) == (config == "gptoss_128k_2gpu")  # 65,536 tokens x 24 layers x 5,760 bytes
+    assert ("8.8 GiB  of host memory" in printed) == (config == "gptoss_128k_2gpu")  # 65,536 tokens x 25 x 5,760 bytes
     assert 0.5 * gigabytes * 1e9 < float(peak[1]) * 2**30 < (gigabytes - 4) * 1e9
 
 
@@ -225,6 +228,28 @@ def test_dry_run(home):
     assert f"{parameters:,} parameters, optimizer fp32 at 16 bytes each" in text
     assert "2 micro-batches x 2 groups of sp 2 x 1 rows x 32 tokens" in text and "GiB  peak of each of 4 GPUs" in text
     assert not (home / "runs/dry").exists()
+
+
+def test_advice_when_memory_runs_out():
+    """The cheapest first, and nothing that would not help."""
+    keeping = memory_advice(Options(recompute="attention", keep_blocks=3, optimizer="split"))
+    assert keeping.startswith("out of memory: try a smaller --keep_blocks, then --offload=true --keep_blocks=0 (")
+    assert "optimizer" not in keeping and "micro_batch" not in keeping
+    nothing = memory_advice(Options(recompute="none", keep_blocks=3, micro_batch=2))
+    assert nothing.startswith("out of memory: try --recompute=attention, then a smaller --micro_batch, then --optimizer=split (")
+    last = memory_advice(Options(offload=True, optimizer="bf16"))
+    assert last == "out of memory: try a larger --sp over more GPUs, or a shorter --seq_len"
+
+
+def test_dry_run_counts_every_option_of_memory(monkeypatch, capsys):
+    """Each of these changes what the dry run prints."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    changes = {"keep_blocks": 2}, {"recompute": "none"}, {"offload": True}, {"optimizer": "bf16"}, {"micro_batch": 2}, {"sp": 2}
+    printed = set()
+    for change in {}, *changes:
+        loop.dry_run(Options(**{"ranks": 4, "seq_len": 2**17, "recompute": "attention", **change}))
+        printed.add(capsys.readouterr().out)
+    assert len(printed) == 7
 
 
 # ----------------------------------------------------------------------------------------------------------------------
