@@ -518,9 +518,9 @@ def measure_training(config, model, optimizer, row):
 
 
 def least_recomputation(options, layers, needs):
-    """The settings that compute least again and, by the estimate needs(settings) in bytes, leave a tenth of the GPU free. Those
+    """The settings that compute least again and, by the estimate needs(settings) in bytes, leave an eighth of the GPU free. Those
     that were given stay, whether they fit or not."""
-    room = 0.9 * torch.cuda.get_device_properties(DEVICE).total_memory if GPU else math.inf
+    room = 0.875 * torch.cuda.get_device_properties(DEVICE).total_memory if GPU else math.inf
     modes = ["attention", "all"] if options.recompute == "auto" else [options.recompute]
     blocks = range(layers, -1, -1) if options.keep_blocks is None else [options.keep_blocks]
     choices = [{"recompute": modes[0], "keep_blocks": n, "offload": False} for n in blocks]
