@@ -866,7 +866,7 @@ def main(arguments=None):
     add("--rows", type=parse_rows, metavar="8K,16x4K", help="lengths; under torchrun also numbers of sequences; default: all above")
     add("--layers", type=int, metavar="N", help="layers of the model; default the 20b's 24, for --accuracy 2")
     add("--recompute", choices=["auto", "none", "attention", "all"], default="auto",
-        help="auto: the least that fits; under torchrun that which should, by train.py's estimate")  # fmt: skip
+        help="auto: the least that fits; under torchrun that which should, by memory.estimate")  # fmt: skip
     add("--keep_blocks", type=int, metavar="N", help="torchrun: last blocks that recompute nothing; default as many as should fit")
     add("--against", choices=["transformers"], help="measure it on the same rows, after ours")
     add("--sp", type=int, metavar="N", help="torchrun: ranks that share a sequence; default all if there is only one")

@@ -44,14 +44,18 @@ def adamw(weight, rest, grad, m, v, lr, decay, correction1, correction2, beta1, 
     v.copy_(new_v)
 
 
+def check_beta2(beta2):
+    if beta2 > 0.99:
+        raise ValueError(f"beta2={beta2}: moments in bf16 follow at most 0.99; lower it, or use optimizer=fp32")
+
+
 class SplitAdamW(torch.optim.Optimizer):
     """AdamW for bf16 parameters, plain or DTensor, with an exact fp32 master: the parameter is its upper half, rounded, and
     the state's `rest` what the rounding took away. Moments in bf16, which cannot follow a beta2 that changes them by less
     than bf16's resolution: ValueError above 0.99."""
 
     def __init__(self, params, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0):
-        if betas[1] > 0.99:
-            raise ValueError(f"beta2={betas[1]}: moments in bf16 follow at most 0.99; lower it, or use optimizer=fp32")
+        check_beta2(betas[1])
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         for group in self.param_groups:
             for p in group["params"]:
@@ -61,8 +65,8 @@ class SplitAdamW(torch.optim.Optimizer):
 
     @staticmethod
     def rows(t):
-        """This rank's part of t as rows of 16. Of a size that it does not know to be a multiple of 16, one kernel for all sizes
-        would read two bytes at a time."""
+        """This rank's part of t, as rows of 16 where it can be. One kernel serves all sizes, and unless it knows that they are
+        multiples of 16 it reads two bytes at a time instead of sixteen."""
         t = t.to_local() if isinstance(t, DTensor) else t
         width = 16 if t.numel() % 16 == 0 else 1
         return t.view(t.numel() // width, width)
@@ -71,7 +75,7 @@ class SplitAdamW(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
-            numbers = {}  # are tensors, or each would be compiled into a kernel of its own
+            numbers = {}  # of each step count: as tensors, because the compiler makes a kernel for each value of a plain number
             for p in group["params"]:
                 if p.grad is None:
                     continue

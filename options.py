@@ -18,6 +18,7 @@ import torch
 
 from checkpoint import open_weights, weight_files
 from data import TokenData
+from memory import check_beta2
 from model import GPTOSS, GPTOSSConfig
 
 
@@ -105,8 +106,8 @@ class Options(GPTOSSConfig):
                 raise ValueError(f"{name}={getattr(self, name)!r} must not be negative or infinite")
         if max(self.beta1, self.beta2) >= 1:
             raise ValueError(f"beta1={self.beta1} and beta2={self.beta2} must be less than 1")
-        if self.optimizer == "split" and self.beta2 > 0.99:
-            raise ValueError(f"beta2={self.beta2}: moments in bf16 follow at most 0.99; lower it, or use optimizer=fp32")
+        if self.optimizer == "split":
+            check_beta2(self.beta2)
         if self.offload and (self.recompute == "none" or self.keep_blocks):
             raise ValueError(
                 f"offload=True moves the blocks' inputs, and recompute={self.recompute}, keep_blocks={self.keep_blocks} keep "

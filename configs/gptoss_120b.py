@@ -9,7 +9,7 @@ data = "data/corpus"
 ranks = 16
 sp = 2  # neighbours in a node share each row: 32,768 of its tokens, and in attention half of the heads, each
 seq_len = 64 * 1024
-batch_size = 8  # 524,288 tokens a step = 1 micro-batch x 8 groups x 1 row x 65,536 tokens: between nodes, gathering is what costs
+batch_size = 8  # 524,288 tokens a step = 1 micro-batch x 8 groups x 1 row x 65,536 tokens: weights are gathered once
 micro_batch = 1
 
 optimizer = "split"  # 1.17 TB over sixteen GPUs: 73 GB each; a copy a node (replicas = 2) would need 146

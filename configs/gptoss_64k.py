@@ -9,8 +9,9 @@ checkpoint = "checkpoints/gpt-oss-20b"
 data = "data/corpus"
 
 ranks = 8
-sp = 2  # pairs share each row: 32,768 of its tokens, and in attention half of the heads, each. At sp = 8 a row takes 55 GiB a GPU,
-# but FSDP gathers all weights anew for each micro-batch: two a step are cheaper than eight
+# Pairs share each row: 32,768 of its tokens, and in attention half of the heads, each. At sp = 8 it would take 55 GiB a GPU, and 8
+# micro-batches instead of 2, for each of which FSDP gathers all weights anew.
+sp = 2
 seq_len = 64 * 1024
 batch_size = 8  # 524,288 tokens a step = 2 micro-batches x 4 groups x 1 row x 65,536 tokens
 micro_batch = 1

@@ -14,6 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from matplotlib.figure import Figure  # now, not after minutes of training
+
 ROOT = Path(__file__).resolve().parent.parent
 LAYOUTS = {"sp 1": (1, 1), "sp 2": (2, 2), "dp 2": (2, 1)}  # ranks, and how many of them share a sequence
 
@@ -36,8 +38,6 @@ def main(arguments):
     apart = {layout: max(abs(a - b) / abs(b) for a, b in zip(values, curves["sp 1"])) for layout, values in curves.items()}
     for layout in list(curves)[1:]:
         print(f"{layout} against sp 1: {len(curves[layout])} losses, relative difference at most {apart[layout]:.1e}")
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for (layout, values), style in zip(curves.items(), ("-", "--", ":")):

@@ -22,6 +22,7 @@ from common import (
     run_ranks,
     tiny_config,
 )
+from torch._inductor import metrics
 from torch.distributed.device_mesh import init_device_mesh
 
 import memory
@@ -151,12 +152,13 @@ def small_config(**changes):
     return tiny_config(**{**sizes, "max_position_embeddings": 4096, **changes})
 
 
-def run_model(config, tokens, targets, documents=None, device=CUDA, dtype=torch.float32, recompute="none"):
+def run_model(config, tokens, targets, documents=None, device=CUDA, dtype=torch.float32, recompute="none", offload=False):
     """{loss and the gradient of every parameter}, on the CPU, of a model whose weights bf16 can hold."""
     model = noise_(GPTOSS(config)).bfloat16().to(device, dtype)
     model.recompute = recompute
     documents = None if documents is None else documents.to(device)
-    loss = model(tokens.to(device), targets.to(device), documents)
+    with HostMemory() if offload else nullcontext():
+        loss = model(tokens.to(device), targets.to(device), documents)
     loss.backward()
     return {"loss": loss.detach().cpu(), **{name: gradient.cpu() for name, gradient in gradients(model).items()}}
 
@@ -289,16 +291,27 @@ def test_kept_blocks_keep_what_is_estimated():
     run = {"ranks": 1, "sp": 1, "replicas": 1, "seq_len": 8192, "micro_batch": 1, "optimizer": "bf16", "offload": False}
     model = noise_(GPTOSS(config, "all").to(CUDA, torch.bfloat16))
     tokens, targets = (x.to(CUDA) for x in batch(config, 1, run["seq_len"]))
-    kept, estimated = [], []
-    for model.keep_blocks in (0, 2):
-        for _ in range(2):  # the first compiles
+    kept, estimated = {}, {}
+    for blocks in (0, 2):
+        model.keep_blocks = blocks
+        for _ in range(2):  # the first run compiles
             before = torch.cuda.memory_allocated()
             loss = model(tokens, targets)
-            kept.append(torch.cuda.memory_allocated() - before)
+            kept[blocks] = torch.cuda.memory_allocated() - before
             del loss
-        needs = estimate(config, parameters=1_000_000, recompute="all", keep_blocks=model.keep_blocks, **run)
-        estimated.append(needs["gradients, or activations kept for the backward"])
-    assert kept[3] - kept[1] == pytest.approx(estimated[1] - estimated[0], rel=0.03)
+        needs = estimate(config, parameters=1_000_000, recompute="all", keep_blocks=blocks, **run)
+        estimated[blocks] = needs["gradients, or activations kept for the backward"]
+    assert kept[2] - kept[0] == pytest.approx(estimated[2] - estimated[0], rel=0.03)
+
+
+def test_swiglu_backward_is_one_kernel():
+    """What its docstring says of the compiler."""
+    h, bias, da = (torch.randn(shape, device=CUDA).bfloat16() for shape in [(256, 128), (4, 128), (256, 64)])
+    expert, weight = torch.randint(4, (256,), device=CUDA), torch.rand(256, device=CUDA)
+    dh = torch.empty_like(h)
+    metrics.reset()
+    model_module.swiglu_backward_(h, bias, expert, 7.0, da, weight, *dh.chunk(2, dim=-1))
+    assert metrics.generated_kernel_count == 1
 
 
 @pytest.mark.parametrize("recompute", ["all", "attention"])
@@ -385,15 +398,16 @@ def test_deterministic_algorithms():
     assert all(equal.values()), [name for name, same in equal.items() if not same]
 
 
-NCCL_CASES = [(documents, kv_heads) for documents in (False, True) for kv_heads in (1, 2)]
+NCCL_CASES = [(documents, kv_heads, "none", False) for documents in (False, True) for kv_heads in (1, 2)]
+NCCL_CASES += [(False, 2, "attention", False), (False, 2, "all", True)]
 
 
-def nccl_case(documents, kv_heads, cut):
+def nccl_case(documents, kv_heads, recompute, offload, cut):
     config = small_config(num_hidden_layers=2, num_key_value_heads=kv_heads)
     tokens, targets = batch(config, 2, 300)
     targets[:, 10:120] = model_module.IGNORED  # so that the ranks' counts differ
     documents = two_rows_of_documents(300) if documents else None
-    return run_model(config, *cut(tokens.to(CUDA), targets.to(CUDA), documents))
+    return run_model(config, *cut(tokens.to(CUDA), targets.to(CUDA), documents), recompute=recompute, offload=offload)
 
 
 def on_two_gpus():

@@ -440,7 +440,7 @@ def test_experts_run_no_more_often_than_they_must(recompute, runs, monkeypatch):
 
 
 def test_router():
-    """fp32 inside, whatever comes in; and no fp32 copy of the rows is kept."""
+    """fp32 logits, whatever comes in; and no fp32 copy of the rows is kept."""
     generator = torch.Generator().manual_seed(0)
     leaves = [torch.randn(shape, generator=generator).bfloat16().requires_grad_() for shape in [(19, 24), (5, 24), (5,)]]
     kept, grad = [], torch.randn(19, 5, generator=generator)

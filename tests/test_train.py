@@ -408,6 +408,15 @@ def test_help_lists_every_option(capsys):
         assert len(line.split(maxsplit=1)[1].split()) > 1, f"{field.name} has no meaning"
 
 
+@pytest.mark.parametrize(
+    "wrong", ["--offload=true --recompute=none", "--offload=true --keep_blocks=1", "--optimizer=split --beta2=0.999"]
+)
+def test_options_that_exclude_each_other(wrong):
+    """Found as they are read: a dry run, or a GPU that has loaded the weights, would be too late."""
+    with pytest.raises(ValueError, match=wrong.split("=")[-1].split()[0]):
+        parse(wrong.split(), "")
+
+
 def test_config_file_then_command_line(tmp_path):
     (tmp_path / "mine.py").write_text("import math\n_helper = 3\nlr = 1\nseq_len = 64 * 2\nsample = 'a=b'\n")
     options = parse(["--steps=7", str(tmp_path / "mine.py"), "--seq_len=96", "--offload=True", "--eval_data=x=y"], "")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from common import noise_
 
-from convert_hf import export_checkpoint
+from convert_hf import export_checkpoint, import_checkpoint
 from model import GPTOSS, GPTOSSConfig
 
 if not importlib.util.find_spec("vllm"):
@@ -21,16 +21,18 @@ MXFP4_KERNEL = torch.cuda.is_available() or torch.cpu._is_amx_tile_supported()
 needs_kernel = pytest.mark.skipif(not MXFP4_KERNEL, reason="vLLM multiplies MXFP4 on a GPU, or a CPU with AMX")
 
 
-@pytest.mark.parametrize("mxfp4, tolerance", [(False, 1e-4), pytest.param(True, 1.0, marks=needs_kernel)], ids=["plain", "mxfp4"])
+@pytest.mark.parametrize("mxfp4, tolerance", [(False, 2e-5), pytest.param(True, 0.1, marks=needs_kernel)], ids=["plain", "mxfp4"])
 def test_vllm_computes_what_was_exported(mxfp4, tolerance, tmp_path, monkeypatch):
-    """Log-probabilities of the whole vocabulary, beyond the window and the initial context; MXFP4 runs in bf16 there."""
+    """Log-probabilities of the whole vocabulary, beyond the window and the initial context. With MXFP4 vLLM computes in bf16, whose
+    rounding sends tokens of a random model to other experts: there the mean difference counts, else the largest."""
     config = GPTOSSConfig(
         num_hidden_layers=4, num_experts=8, vocab_size=512, hidden_size=256, intermediate_size=128, num_attention_heads=8,
         num_key_value_heads=2, sliding_window=32, initial_context_length=64, max_position_embeddings=2048,
     )  # fmt: skip
-    model = noise_(GPTOSS(config))
-    model.save_checkpoint(tmp_path / "run" / "model")
+    noise_(GPTOSS(config)).save_checkpoint(tmp_path / "run" / "model")
     export_checkpoint(tmp_path / "run", tmp_path / "out", mxfp4)
+    import_checkpoint(str(tmp_path / "out"), tmp_path / "ours")  # the very weights that vLLM gets
+    model = GPTOSS.from_checkpoint(tmp_path / "ours", dtype=torch.float32)
 
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     settings |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
