@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessException, start_processes
 
+from checkpoint import copy_rows
 from model import GPTOSS, IGNORED, GPTOSSConfig
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -43,18 +44,28 @@ def tiny_config(**changes):
     return GPTOSSConfig(**{**sizes, **changes})
 
 
+def random_bf16(x, generator):
+    """fp32 -> the value in bf16 above or below, at random, the nearer the likelier."""
+    random = torch.randint(1 << 16, x.shape, generator=generator, dtype=torch.int32, device=x.device)
+    return ((x.view(torch.int32) + random) & -(1 << 16)).view(torch.float32)
+
+
 @torch.no_grad()
-def noise_(module, seed=0):
-    """Fill every parameter, here or in transformers, with noise that leaves activations near 1 and makes biases matter."""
+def noise_(module, seed=0, rounding=None):
+    """Fill every parameter, here or in transformers, sharded or not, with noise that leaves activations near 1 and makes biases
+    matter. It is made where the parameter is, and depends on that; `rounding`, a seed: it is rounded to bf16 by random_bf16."""
     for number, (name, parameter) in enumerate(module.named_parameters()):
-        noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1000 * seed + number))
+        generator = torch.Generator(parameter.device).manual_seed(1000 * seed + number)
+        noise = torch.randn(parameter.shape, generator=generator, device=parameter.device)
         if name.endswith("norm.weight"):
             noise = 1 + noise / 4
         elif name.endswith("bias"):
             noise = noise / 3
         elif not name.endswith("sinks"):
             noise = noise / parameter.shape[1] ** 0.5  # (out, in) or (experts, in, out)
-        parameter.copy_(noise)
+        if rounding is not None:
+            noise = random_bf16(noise, generator.manual_seed(1000 * rounding + number))
+        copy_rows(parameter, noise)
     return module
 
 
