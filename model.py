@@ -113,6 +113,11 @@ class GPTOSSConfig:
         """Keys that a query of this layer sees, itself included; None: all before it."""
         return self.sliding_window if layer % 2 == 0 else None
 
+    def keys(self, layer, seq_len):
+        """Keys that the average query of this layer sees in a sequence of `seq_len`."""
+        w = min(self.window(layer) or seq_len, seq_len)
+        return w - w * (w - 1) / 2 / seq_len  # the first w queries see 1 … w keys, the others w
+
     def flops_per_token(self, seq_len):
         """FLOPs that training spends on one token of a sequence of `seq_len`: forward and backward, nothing recomputed,
         active experts only, and only the keys that attention may see (Chowdhery et al., https://arxiv.org/abs/2204.02311)."""
@@ -120,10 +125,7 @@ class GPTOSSConfig:
         layer = C * (heads + 2 * kv) + heads * C + C * self.num_experts  # qkv, out, router
         layer += self.experts_per_token * 3 * C * self.intermediate_size  # gate, up, down
         matrices = self.num_hidden_layers * layer + C * self.vocab_size
-        keys = 0  # seen by the average query, summed over layers
-        for window in map(self.window, range(self.num_hidden_layers)):
-            w = min(window or seq_len, seq_len)
-            keys += w - w * (w - 1) / 2 / seq_len  # the first w queries see 1 … w keys, the others w
+        keys = sum(self.keys(layer, seq_len) for layer in range(self.num_hidden_layers))
         return 6 * matrices + 3 * 4 * heads * keys  # a matrix: 2 forward, 4 backward; a key: scores and values
 
 

@@ -34,7 +34,7 @@ import sample
 import sp
 from checkpoint import COMPANIONS, HF_CONFIG, States, copy_companions, load_weights, save_weights
 from guards import Stop, describe_bad_step, fail, hold, keep_pulse, meeting_point
-from memory import BYTES, HostMemory, SplitAdamW, estimate
+from memory import BYTES, HostMemory, SplitAdamW, estimate, recomputed_flops
 from model import GPTOSS, IGNORED
 from options import check_files, check_ranks, check_same_run, model_config, parse
 
@@ -176,11 +176,13 @@ PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}  # dens
 def arithmetic(options, config, parameters, ranks):
     """What a step is made of, in words."""
     groups, tokens = ranks // options.sp, options.batch_size * options.seq_len
+    flops = config.flops_per_token(options.seq_len)
+    again = recomputed_flops(config, options.seq_len, options.recompute, options.keep_blocks) / flops
     return (
         f"{parameters:,} parameters, optimizer {options.optimizer} at {sum(BYTES[options.optimizer])} bytes each\n"
         f"{tokens:,} tokens a step = {options.batch_size // groups // options.micro_batch} micro-batches x {groups} groups of "
         f"sp {options.sp} x {options.micro_batch} rows x {options.seq_len:,} tokens; "
-        f"{config.flops_per_token(options.seq_len) * tokens:.3g} FLOPs"
+        f"{flops * tokens:.3g} FLOPs{f', and {again:.0%} more for what is recomputed' if again else ''}"
     )
 
 

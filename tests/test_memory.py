@@ -2,13 +2,15 @@
 
 import pytest
 import torch
-from common import relative, run_ranks, tiny_config
+from common import batch, noise_, relative, run_ranks, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from memory import BYTES, SplitAdamW, estimate, join, split
+from memory import BYTES, SplitAdamW, estimate, join, recomputed_flops, split
+from model import GPTOSS
 
 BITS = st.integers(0, 0x7F7F7FFF) | st.integers(-(2**31), -(2**31) + 0x7F7F7FFF)  # of floats that do not round to infinity
 
@@ -219,3 +221,26 @@ def test_longer_sequences_need_more_of_what_they_fill():
     short, long = needs(seq_len=2**20), needs(seq_len=2**21)
     assert {what for what in short if long[what] > short[what]} == {KEPT, "working set"}
     assert all(size > 0 for size in short.values())
+
+
+def test_recomputed_flops_are_those_that_pytorch_counts():
+    config, S = tiny_config(hidden_size=24, intermediate_size=16), 32  # grouped matmuls in bf16 want sizes that 8 divides
+    config.keys = lambda layer, seq_len: seq_len  # the dense path computes every score
+    tokens, targets = batch(config, 1, S)
+
+    def product(a, b, *_, out_shape=None, **__):
+        return 2 * a[0] * a[1] * b[-1]
+
+    def counted(*recompute):
+        model, aten = noise_(GPTOSS(config, *recompute)).bfloat16(), torch.ops.aten
+        mapping = {aten._grouped_mm: product, aten.addmm_: lambda total, a, b, **settings: product(a, b)}
+        with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+            model(tokens, targets).backward()
+        return counter.get_total_flops()
+
+    plain = counted("none")
+    assert recomputed_flops(config, S, "none", 0) == recomputed_flops(config, S, "all", 3) == 0
+    for blocks in 0, 1:
+        assert counted("all", blocks) - plain == S * recomputed_flops(config, S, "all", blocks) > 0
+    full = 4 * 6 * 8 * S  # scores and values of the one layer that sees everything: 6 heads of 8
+    assert recomputed_flops(config, S, "all", 0) - recomputed_flops(config, S, "attention", 0) == full

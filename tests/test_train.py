@@ -227,6 +227,7 @@ def test_dry_run(home):
     parameters = sum(p.numel() for p in fresh_model(tiny_options()).parameters())
     assert f"{parameters:,} parameters, optimizer fp32 at 16 bytes each" in text
     assert "2 micro-batches x 2 groups of sp 2 x 1 rows x 32 tokens" in text and "GiB  peak of each of 4 GPUs" in text
+    assert "FLOPs\n" in text, "nothing is recomputed"
     assert not (home / "runs/dry").exists()
 
 
@@ -249,7 +250,7 @@ def test_dry_run_counts_every_option_of_memory(monkeypatch, capsys):
     for change in {}, *changes:
         loop.dry_run(Options(**{"ranks": 4, "seq_len": 2**17, "recompute": "attention", **change}))
         printed.add(capsys.readouterr().out)
-    assert len(printed) == 7
+    assert len(printed) == 7 and sum(" more for what is recomputed" in text for text in printed) == 6
 
 
 # ----------------------------------------------------------------------------------------------------------------------
