@@ -1,0 +1,39 @@
+"""ablation.py: what it puts in the place of an optimisation computes the same."""
+
+import re
+
+import pytest
+from ablation import LEAVES, OPTIMISATIONS, main
+from common import assert_all_close, batch, gradients, noise_, tiny_config
+from conftest import ROOT
+
+from model import GPTOSS
+
+
+def outcome(recompute):
+    config = tiny_config()
+    tokens, targets = batch(config, 2, 30)
+    model = noise_(GPTOSS(config, recompute))
+    loss = model(tokens, targets)
+    loss.backward()
+    return {"loss": loss.detach(), **gradients(model)}
+
+
+@pytest.mark.parametrize("what, recompute, usual", OPTIMISATIONS, ids=[what for what, *_ in OPTIMISATIONS])
+def test_the_usual_way_gives_the_same(what, recompute, usual):
+    expected = outcome(recompute)
+    with usual():
+        actual = outcome(recompute)
+    assert_all_close(actual, expected, 1e-5)
+
+
+def test_leaves_are_all_that_is_compiled():
+    compiled = re.findall(r"^@fused\ndef (\w+)", (ROOT / "model.py").read_text(), re.MULTILINE)
+    assert sorted([*LEAVES, "flex_sink_attention"]) == sorted(compiled)
+
+
+def test_it_prints_a_row_each(tmp_path, capsys):
+    main(["--rows=32", f"--out={tmp_path}"])
+    lines = capsys.readouterr().out.splitlines()
+    assert all(any(line.startswith(what) for line in lines) for what, *_ in OPTIMISATIONS)
+    assert (tmp_path / "ablation.json").exists()
