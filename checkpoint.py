@@ -1,4 +1,4 @@
-"""What is kept on disk: a model's weights, and a training run's whole state. Both are safetensors, never pickle.
+"""What is kept on disk: a model's configuration and weights, and a training run's state. JSON and safetensors, never pickle.
 
 A weights folder is config.json, model-0000i-of-0000n.safetensors of about 5 GB and model.safetensors.index.json, as on the
 Hugging Face Hub. A run's state is what its ranks hold, one file a rank, written by torch.distributed.checkpoint, which hands
@@ -31,6 +31,42 @@ HF_CONFIG = "hf_config.json"  # the source's config.json, which an import keeps:
 
 def first_rank():
     return not dist.is_initialized() or dist.get_rank() == 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+
+def hugging_face_fields(given, names, path):
+    """What a Hugging Face gpt_oss config.json says of the fields `names`, which are OpenAI's. Before transformers 5 the rotary
+    settings lay apart. ValueError for a model that model.py does not implement."""
+    rope = given.get("rope_parameters") or {"rope_theta": given.get("rope_theta"), **(given.get("rope_scaling") or {})}
+    layers = given.get("num_hidden_layers") or 0
+    pattern = ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)]
+    implemented = {
+        "model_type": (given["model_type"], "gpt_oss"),
+        "layer_types": (given.get("layer_types") or pattern, pattern),
+        "tie_word_embeddings": (given.get("tie_word_embeddings", False), False),
+        "attention_bias": (given.get("attention_bias", True), True),
+        "hidden_act": (given.get("hidden_act", "silu"), "silu"),
+        "rope_type": (rope.get("rope_type"), "yarn"),
+        "truncate": (rope.get("truncate"), False),  # whether YaRN's ramp is rounded to whole dimensions
+        "swiglu_alpha": (given.get("swiglu_alpha", 1.702), 1.702),
+    }
+    for name, (value, ours) in implemented.items():
+        if value != ours:
+            raise ValueError(f"{path}: {name} is {value!r}; model.py implements {ours!r} only")
+    renamed = {
+        "num_experts": given.get("num_local_experts"),
+        "experts_per_token": given.get("num_experts_per_tok"),
+        "initial_context_length": rope.get("original_max_position_embeddings"),
+        "rope_theta": rope.get("rope_theta"),
+        "rope_scaling_factor": rope.get("factor"),
+        "rope_ntk_alpha": rope.get("beta_slow"),
+        "rope_ntk_beta": rope.get("beta_fast"),
+        "swiglu_limit": given.get("swiglu_limit", 7.0),  # transformers writes it since 4.56 and fixes it at 7
+    }
+    return {name: value for name in names if (value := renamed.get(name, given.get(name))) is not None}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

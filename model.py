@@ -28,7 +28,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 from torch.utils.checkpoint import checkpoint
 
 import sp
-from checkpoint import copy_rows, first_rank, load_weights, save_weights, stored_dtype
+from checkpoint import copy_rows, first_rank, hugging_face_fields, load_weights, save_weights, stored_dtype
 
 IGNORED = -100  # a target that the loss does not count
 LOSS_ROWS = 2048  # rows of logits that exist at a time: 0.8 GiB of bf16 for the real vocabulary
@@ -94,9 +94,9 @@ class GPTOSSConfig:
             raise ValueError(f"{path}: not a readable config.json ({error})") from None
         if not isinstance(given, dict):
             raise ValueError(f"{path}: expected a JSON object, found {type(given).__name__}")
-        if "model_type" in given:
-            given = _from_hugging_face(given, path)
         names = {field.name for field in fields(cls)}
+        if "model_type" in given:
+            given = hugging_face_fields(given, names, path)
         missing = names - given.keys() - {"max_position_embeddings", "rms_norm_eps"}  # OpenAI's original leaves these two out
         unknown = given.keys() - names
         if missing or unknown:
@@ -129,40 +129,8 @@ class GPTOSSConfig:
         return 6 * matrices + 3 * 4 * heads * keys  # a matrix: 2 forward, 4 backward; a key: scores and values
 
 
-def _from_hugging_face(given, path):
-    """Fields of a Hugging Face gpt_oss config.json under our names. Before transformers 5 the rotary settings lay apart."""
-    rope = given.get("rope_parameters") or {"rope_theta": given.get("rope_theta"), **(given.get("rope_scaling") or {})}
-    layers = given.get("num_hidden_layers") or 0
-    pattern = ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)]
-    implemented = {
-        "model_type": (given["model_type"], "gpt_oss"),
-        "layer_types": (given.get("layer_types") or pattern, pattern),
-        "tie_word_embeddings": (given.get("tie_word_embeddings", False), False),
-        "attention_bias": (given.get("attention_bias", True), True),
-        "hidden_act": (given.get("hidden_act", "silu"), "silu"),
-        "rope_type": (rope.get("rope_type"), "yarn"),
-        "truncate": (rope.get("truncate"), False),  # whether YaRN's ramp is rounded to whole dimensions
-        "swiglu_alpha": (given.get("swiglu_alpha", 1.702), 1.702),
-    }
-    for name, (value, ours) in implemented.items():
-        if value != ours:
-            raise ValueError(f"{path}: {name} is {value!r}; model.py implements {ours!r} only")
-    renamed = {
-        "num_experts": given.get("num_local_experts"),
-        "experts_per_token": given.get("num_experts_per_tok"),
-        "initial_context_length": rope.get("original_max_position_embeddings"),
-        "rope_theta": rope.get("rope_theta"),
-        "rope_scaling_factor": rope.get("factor"),
-        "rope_ntk_alpha": rope.get("beta_slow"),
-        "rope_ntk_beta": rope.get("beta_fast"),
-        "swiglu_limit": given.get("swiglu_limit", 7.0),  # transformers writes it since 4.56 and fixes it at 7
-    }
-    names = [field.name for field in fields(GPTOSSConfig)]
-    return {name: value for name in names if (value := renamed.get(name, given.get(name))) is not None}
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# Helpers: what is said, what is compiled, what is not computed twice. Nothing here changes the mathematics
+# Helpers: what is said, what is compiled. Nothing here changes the mathematics
 
 
 @functools.cache
@@ -184,44 +152,6 @@ def fused(function):
         return (compiled if x.is_cuda else function)(x, *args, **kwargs)
 
     return call
-
-
-class Recompute:
-    """What a checkpointed block may skip when it runs a second time to give its backward the activations.
-
-    A checkpointed block keeps its input and nothing else. The second run needs every value that a backward reads, but not
-    the block's output (`replaying`), and it need not redo a costly step whose result was put aside (`keep`). For one backward:
-    a second one through the same graph fails."""
-
-    current = None  # of the checkpointed block that runs now; None outside of one
-
-    def __init__(self, keep_attention):
-        self.keep_attention, self.kept, self.replaying = keep_attention, [], False
-
-    @contextmanager
-    def run(self, replaying):
-        Recompute.current, self.replaying = self, replaying
-        try:
-            yield
-        finally:
-            Recompute.current = None
-
-    @classmethod
-    def contexts(cls, keep_attention):
-        """The pair of contexts that torch.utils.checkpoint asks for: one for each run."""
-        state = cls(keep_attention)
-        return state.run(False), state.run(True)
-
-
-def keep(compute):
-    """compute(), a tuple of tensors; in a block's second run what it returned in the first, if attention is to be kept."""
-    state = Recompute.current
-    if state is None or not state.keep_attention:
-        return compute()
-    if not state.replaying:
-        state.kept.append(compute())
-        return state.kept[-1]
-    return state.kept.pop(0)
 
 
 def add_matmul_(total, a, b):
@@ -697,6 +627,48 @@ class CrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         dx, dweight = ctx.saved_tensors
         return dx * grad, dweight * grad, None, None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Recomputation: a checkpointed block computes once more what its backward needs, and this spares it the rest
+
+
+class Recompute:
+    """What a checkpointed block may skip when it runs a second time to give its backward the activations.
+
+    A checkpointed block keeps its input and nothing else. The second run needs every value that a backward reads, but not
+    the block's output (`replaying`), and it need not redo a costly step whose result was put aside (`keep`). For one backward:
+    a second one through the same graph fails."""
+
+    current = None  # of the checkpointed block that runs now; None outside of one
+
+    def __init__(self, keep_attention):
+        self.keep_attention, self.kept, self.replaying = keep_attention, [], False
+
+    @contextmanager
+    def run(self, replaying):
+        Recompute.current, self.replaying = self, replaying
+        try:
+            yield
+        finally:
+            Recompute.current = None
+
+    @classmethod
+    def contexts(cls, keep_attention):
+        """The pair of contexts that torch.utils.checkpoint asks for: one for each run."""
+        state = cls(keep_attention)
+        return state.run(False), state.run(True)
+
+
+def keep(compute):
+    """compute(), a tuple of tensors; in a block's second run what it returned in the first, if attention is to be kept."""
+    state = Recompute.current
+    if state is None or not state.keep_attention:
+        return compute()
+    if not state.replaying:
+        state.kept.append(compute())
+        return state.kept[-1]
+    return state.kept.pop(0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
