@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from common import noise_
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -624,6 +626,48 @@ def test_verify_passes_a_good_conversion_and_fails_a_bad_one(tmp_path, make, cap
     save_file(tensors, path)
     with pytest.raises(SystemExit, match="does not compute what"):
         main([str(source), "--out", str(out), "--verify"])
+
+
+def test_verify_in_bf16_judges_the_median_token(tmp_path, capsys, monkeypatch):
+    """Where memory is short for fp32. Of a model with weights this large some tokens meet other experts in bf16."""
+    source, out = hugging_face_folder(tmp_path / "source", (64, 64)), tmp_path / "ours"
+    (source / "tokenizer.json").unlink()
+    edit_tensors(source, lambda tensors: [t.mul_(0.2) for name, t in tensors.items() if "experts" not in name])
+    monkeypatch.setattr(convert_hf, "free_memory", lambda: 0)
+    main([str(source), "--out", str(out), "--verify"])
+    found = re.search(r"tokens in bfloat16, .*: (\S+), and (\S+) for the median", capsys.readouterr().out)
+    assert float(found[2]) < 0.5 and float(found[2]) < float(found[1])
+    path = next(out.glob("*.safetensors"))
+    tensors = load_file(path)
+    tensors["blocks.0.mlp.down_weight"] = tensors["blocks.0.mlp.down_weight"].mT.contiguous()
+    save_file(tensors, path)
+    with pytest.raises(SystemExit, match="verify it in fp32, with 0 GB"):
+        main([str(source), "--out", str(out), "--verify"])
+
+
+@pytest.mark.slow
+def test_verify_at_the_20bs_layer_shapes(tmp_path, capsys):
+    """One layer of each kind; takes 7 GB of memory and of disk."""
+    config = transformers.GptOssConfig(num_hidden_layers=2, num_local_experts=32, vocab_size=1024)
+    model = noise_(transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16))
+    model.save_pretrained(tmp_path / "source")
+    del model
+    try:
+        main([str(tmp_path / "source"), "--out", str(tmp_path / "ours"), "--verify"])
+    finally:
+        shutil.rmtree(tmp_path)
+    printed = capsys.readouterr().out
+    print(printed)
+    assert float(re.search(r"tokens in float32, .*: (\S+), and", printed)[1]) <= 1e-4
+
+
+def test_free_memory(monkeypatch):
+    assert 2**28 < convert_hf.free_memory() < 2**50
+    if convert_hf.DEVICE == "cpu" and Path("/proc/meminfo").exists():
+        monkeypatch.setattr(Path, "read_text", lambda path: "MemFree: 1 kB\nMemAvailable:    4096 kB\n")
+        assert convert_hf.free_memory() == 2**22
+        monkeypatch.setattr(Path, "read_text", lambda path: (_ for _ in ()).throw(FileNotFoundError(path)))
+        assert 2**28 < convert_hf.free_memory() < 2**50, "as on macOS"
 
 
 def test_verify_refuses_a_comparison_that_cannot_fail(tmp_path):
