@@ -1,9 +1,9 @@
-"""What the optimisations of model.py are worth: a step with them all, and with the usual way in the place of one.
+"""What the optimisations of model.py are worth: a step as it is, and with the usual way, or another size, in the place of one.
 
     python tests/ablation.py                            # 8K and 32K tokens, 6 of the 20b's layers, on a GPU
     python tests/ablation.py --rows=64K --layers=24
 
-Prints how much longer the step takes without each, and how much more memory; results also go to runs/ablation/ablation.json.
+Prints how much longer the step takes after each change, and how much more memory; results also go to runs/ablation/ablation.json.
 Without a GPU a tiny model shows that it runs, and its times mean nothing.
 """
 
@@ -42,10 +42,10 @@ def loss_in_the_backward(x, weight, targets, count):
     return -gptoss.LogProbs.apply(x, weight, targets).sum() / count
 
 
-def instead(**usual):
+def instead(**names):
     """A context in which names of model.py mean something else; `Name__apply` is the `apply` of an autograd function."""
     context = ExitStack()
-    for name, value in usual.items():
+    for name, value in names.items():
         owner, _, attribute = name.rpartition("__")
         context.enter_context(patch.object(getattr(gptoss, owner) if owner else gptoss, attribute, value))
     return context
@@ -57,15 +57,18 @@ class NeverReplaying(gptoss.Recompute):
     replaying = property(lambda self: False, lambda self, value: None)
 
 
-OPTIMISATIONS = [  # what, what is recomputed beside it, and the usual way
-    ("elementwise leaves compiled", "none", lambda: instead(**{name: getattr(gptoss, name).__wrapped__ for name in LEAVES})),
-    ("cuDNN's attention with sinks, not Flex", "none", lambda: instead(cudnn_refuses=lambda *_: "it is left out")),
-    ("experts' backward written out", "none", lambda: instead(ExpertsFunction__apply=experts_by_autograd)),
-    ("router in bf16 with fp32 sums", "none", lambda: instead(RouterLogits__apply=router_in_fp32)),
-    ("loss's gradient in the forward", "none", lambda: instead(CrossEntropy__apply=loss_in_the_backward)),
-    ("second run without the experts", "all", lambda: instead(Recompute=NeverReplaying)),
+CHANGES = [  # what, what is recomputed beside it, and how
+    ("leaves as written, not compiled", "none", lambda: instead(**{name: getattr(gptoss, name).__wrapped__ for name in LEAVES})),
+    ("FlexAttention on full layers, not cuDNN", "none", lambda: instead(cudnn_refuses=lambda *_: "it is left out")),
+    ("experts by autograd", "none", lambda: instead(ExpertsFunction__apply=experts_by_autograd)),
+    ("experts again in the second run", "all", lambda: instead(Recompute=NeverReplaying)),
+    ("router in fp32", "none", lambda: instead(RouterLogits__apply=router_in_fp32)),
+    ("loss's gradient in the backward", "none", lambda: instead(CrossEntropy__apply=loss_in_the_backward)),
+    ("LOSS_ROWS = 1024", "none", lambda: instead(LOSS_ROWS=1024)),
+    ("LOSS_ROWS = 4096", "none", lambda: instead(LOSS_ROWS=4096)),
+    ("EXPERT_TOKENS = 8192", "none", lambda: instead(EXPERT_TOKENS=8192)),
 ]
-COLUMNS = [("without", "what", "<40"), ("tokens", "row", ">8"), ("recompute", "recompute", ">11"), ("s", "seconds", ">9.4f")]
+COLUMNS = [("change", "what", "<40"), ("tokens", "row", ">8"), ("recompute", "recompute", ">11"), ("s", "seconds", ">9.4f")]
 COLUMNS += [("longer by", "longer", ">11.1%"), ("peak GiB", "peak_gib", ">10.1f"), ("more by", "more_gib", ">9.1f")]
 
 
@@ -81,22 +84,22 @@ def main(arguments=None):
     bench.say_row(COLUMNS)
     model = bench.build_ours(config)
 
-    def measure(what, S, recompute, full=None):
-        """A row; with `full`, the row in which nothing is missing, also how it stands to that."""
+    def measure(what, S, recompute, unchanged=None):
+        """A row; with `unchanged`, the row of the model as it is, also how it stands to that."""
         (row,) = bench.rows_of("ours", model, config, [S], recompute)
         row["what"] = what
-        if full and "error" not in row and "error" not in full:
-            row["longer"] = row["seconds"] / full["seconds"] - 1
-            row["more_gib"] = row["peak_gib"] - full["peak_gib"] if bench.GPU else None
+        if unchanged and "error" not in row and "error" not in unchanged:
+            row["longer"] = row["seconds"] / unchanged["seconds"] - 1
+            row["more_gib"] = row["peak_gib"] - unchanged["peak_gib"] if bench.GPU else None
         results.add("rows", row)
         bench.say_row(COLUMNS, row)
         return row
 
     for _, S in options.rows:
-        full = {recompute: measure("nothing", S, recompute) for recompute in ("none", "all")}
-        for what, recompute, usual in OPTIMISATIONS:
-            with usual():
-                measure(what, S, recompute, full[recompute])
+        unchanged = {recompute: measure("none", S, recompute) for recompute in ("none", "all")}
+        for what, recompute, change in CHANGES:
+            with change():
+                measure(what, S, recompute, unchanged[recompute])
 
 
 if __name__ == "__main__":
