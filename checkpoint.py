@@ -14,6 +14,7 @@ import shutil
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -233,7 +234,8 @@ class States:
 
     def __init__(self, folder, keep):
         self.folder, self.keep, self.pending = Path(folder), keep, None
-        self.group = dist.new_group(backend="gloo")  # the thread's own: its messages must not mix with the loop's
+        # the thread's own, because its messages must not mix with the loop's; and patient, while the first rank reads checksums
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(minutes=30))
         self.thread = ThreadPoolExecutor(1)
         if first_rank():
             for left in self.folder.glob(".step-*"):  # by a run that was killed while it saved

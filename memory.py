@@ -44,18 +44,21 @@ def adamw(weight, rest, grad, m, v, lr, decay, correction1, correction2, beta1, 
     v.copy_(new_v)
 
 
-def check_beta2(beta2):
-    if beta2 > 0.99:
-        raise ValueError(f"beta2={beta2}: moments in bf16 follow at most 0.99; lower it, or use optimizer=fp32")
+def check_betas(beta1, beta2):
+    """ValueError for betas that change a moment by less than bf16's resolution, so that it stands still."""
+    for name, beta in ("beta1", beta1), ("beta2", beta2):
+        if beta > 0.99:
+            raise ValueError(
+                f"{name}={beta}: moments in bf16 follow at most 0.99, and that roughly; lower it, or use optimizer=fp32"
+            )
 
 
 class SplitAdamW(torch.optim.Optimizer):
     """AdamW for bf16 parameters, plain or DTensor, with an exact fp32 master: the parameter is its upper half, rounded, and
-    the state's `rest` what the rounding took away. Moments in bf16, which cannot follow a beta2 that changes them by less
-    than bf16's resolution: ValueError above 0.99."""
+    the state's `rest` what the rounding took away. Moments in bf16: check_betas."""
 
     def __init__(self, params, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0):
-        check_beta2(betas[1])
+        check_betas(*betas)
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         for group in self.param_groups:
             for p in group["params"]:

@@ -4,8 +4,9 @@ The mathematics in reading order: configuration, norm, rotary positions, sink at
 One GPU and eight read the same: sequence parallelism lives in sp.py and is the identity where there is no group.
 
 References: the definition, https://github.com/openai/gpt-oss (gpt_oss/torch/model.py); the model card,
-https://arxiv.org/abs/2508.10925. Where we differ: the gate and up halves of the experts lie side by side, not interleaved
-(convert_hf.py reorders them), rotary tables and sinks are applied in fp32, and the router's logits are fp32.
+https://arxiv.org/abs/2508.10925. Where we differ: experts' matrices are (in, out), with the gate and up halves side by side, not
+interleaved (convert_hf.py reorders them); and rotary tables, sinks, the router's logits and the experts' activation, weighting
+and sum are computed in fp32.
 
 Letters in shapes:
     B sequences    S tokens of each: this rank's, but inside attention the whole sequence's (s and S where both occur)
@@ -122,9 +123,9 @@ class GPTOSSConfig:
         """FLOPs that training spends on one token of a sequence of `seq_len`: forward and backward, nothing recomputed,
         active experts only, and only the keys that attention may see (Chowdhery et al., https://arxiv.org/abs/2204.02311)."""
         C, heads, kv = self.hidden_size, self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        layer = C * (heads + 2 * kv) + heads * C + C * self.num_experts  # qkv, out, router
-        layer += self.experts_per_token * 3 * C * self.intermediate_size  # gate, up, down
-        matrices = self.num_hidden_layers * layer + C * self.vocab_size
+        block = C * (heads + 2 * kv) + heads * C + C * self.num_experts  # qkv, out, router
+        block += self.experts_per_token * 3 * C * self.intermediate_size  # gate, up, down
+        matrices = self.num_hidden_layers * block + C * self.vocab_size
         keys = sum(self.keys(layer, seq_len) for layer in range(self.num_hidden_layers))
         return 6 * matrices + 3 * 4 * heads * keys  # a matrix: 2 forward, 4 backward; a key: scores and values
 
@@ -185,7 +186,8 @@ class RMSNorm(nn.Module):
 
 
 def rope_tables(config, positions):
-    """cos and sin (S, D/2), fp32, of the angles by which YaRN (https://arxiv.org/abs/2309.00071) turns each dimension pair."""
+    """cos and sin (S, D/2), fp32, of the angles by which YaRN (https://arxiv.org/abs/2309.00071) turns each dimension pair, times
+    YaRN's temperature of attention: it scales q and k both, and so scores by its square."""
     D, context = config.head_dim, config.initial_context_length
     pair = torch.arange(D // 2, dtype=torch.float32, device=positions.device)
     extrapolated = 1 / config.rope_theta ** (2 * pair / D)  # as trained: fast pairs keep their frequency
@@ -320,9 +322,9 @@ def sink_gradient(grad, out, lse, sinks):
 class CudnnSinkAttention(torch.autograd.Function):
     """cuDNN's causal attention, which knows no sinks, with sinks. Shapes as in dense_attention, S = T.
 
-    Its backward computes probabilities as exp(score - lse) and subtracts grad . out from their gradients. Handed the lse
-    and out of the softmax with the sink, those are the probabilities and the sum of the softmax with the sink: dq, dk and dv
-    come out exact with the kernel untouched. On an H200 at 32K tokens it runs at 490 TFLOP/s forward and 420 backward, where
+    cuDNN's backward computes p = exp(score - lse) and the score's gradient p (grad . v - grad . out). With a sink both formulas
+    hold as they stand, if lse and out are those that include it: dq, dk and dv come out exact with the kernel untouched, and
+    the sink's own gradient is sink_gradient's. On an H200 at 32K tokens it runs at 490 TFLOP/s forward and 420 backward, where
     FlexAttention reaches 397 and 307 (bench.py)."""
 
     @staticmethod
@@ -334,6 +336,7 @@ class CudnnSinkAttention(torch.autograd.Function):
             out, with_sink = fold_sinks(out, lse.view(out.shape[:3]), sinks)
             return out, with_sink.view(lse.shape), *rest
 
+        # keep: just attend(), but in a block that is recomputed; see Recompute, below
         out, lse, ctx.cum_q, ctx.cum_k, ctx.max_q, ctx.max_k, seed, offset, _ = keep(attend)
         ctx.save_for_backward(q, k, v, sinks, out, lse, seed, offset)
         return out.transpose(1, 2)
@@ -373,7 +376,7 @@ def _cudnn_fails(device, dtype, head_dim):
 def choose_attention(S, window, documents, device, dtype, head_dim):
     """The attention(q, k, v, sinks) of all layers with this window, over whole sequences of S tokens; says which and why.
 
-    documents: (B, S) or None. Called once a step and kind of layer, because a block mask is worth making only once."""
+    documents: (B, S) or None. Called once a forward and kind of layer, because a block mask is worth making only once."""
     layers = "full layers" if window is None else f"window {window} layers"
     if device.type != "cuda" or head_dim < 16:
         say(f"attention of {layers}: dense, as the fused kernels want a GPU and heads of at least 16 dimensions")
@@ -412,7 +415,8 @@ class Attention(nn.Module):
 
 @fused
 def swiglu(h, bias, expert, limit):
-    """(R, 2F), gates then ups, of rows that belong to `expert` (R) -> (R, F)."""
+    """(R, 2F), gates then ups, of rows that belong to `expert` (R) -> (R, F). GPT-OSS's SwiGLU: gate sigmoid(1.702 gate), which is
+    nearly GELU, times up + 1; gates are clamped from above, ups on both sides."""
     gate, up = (h.float() + bias.float()[expert]).chunk(2, dim=-1)
     gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     return ((up + 1) * gate * torch.sigmoid(1.702 * gate)).to(h.dtype)
@@ -464,9 +468,10 @@ class ExpertsFunction(torch.autograd.Function):
     """x (N, C), experts (N, k), weights (N, k) fp32 -> (N, C): each token's experts, weighted and summed. No token is dropped.
     w1, b1 are the experts' gate_up parameters, w2, b2 their down ones.
 
-    The backward is written out because it can do what autograd cannot. It goes through the tokens in tiles, so memory does
-    not grow with the sequence. In a checkpointed block it makes from x what it needs, and the second run computes nothing.
-    And the routing weights' gradient g . y needs no expert's output y = a W2 + b2, because g . y = (g W2^T) . a + g . b2."""
+    The backward is written out because it can do what autograd cannot. It goes through the tokens in tiles, so its working
+    memory does not grow with the sequence. In a checkpointed block it makes from x what it needs, and the second run computes
+    nothing. And the routing weights' gradient g . y needs no expert's output y = a W2 + b2, because
+    g . y = (g W2^T) . a + g . b2."""
 
     @staticmethod
     def forward(ctx, x, experts, weights, w1, b1, w2, b2, limit, keep_hidden):
@@ -511,9 +516,9 @@ class ExpertsFunction(torch.autograd.Function):
 
 
 class RouterLogits(torch.autograd.Function):
-    """x (N, C), weight (E, C), bias (E) -> (N, E) in fp32: rounded to bf16 they would tie, and tokens go to the wrong experts.
+    """x (N, C), weight (E, C), bias (E) -> (N, E) in fp32: rounded to bf16 they would tie, and tokens go to other experts.
 
-    No fp32 copy of x is made, which autograd would keep: a ninth of all that a block keeps which recomputes nothing."""
+    No fp32 copy of x is made, which autograd would keep: a ninth of what a block keeps when nothing is recomputed."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -625,6 +630,8 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        if torch.is_grad_enabled():  # create_graph: dx and dweight would pass for constants
+            raise RuntimeError("the loss has no second derivative: its backward is written out, for one pass")
         dx, dweight = ctx.saved_tensors
         return dx * grad, dweight * grad, None, None
 
@@ -718,6 +725,8 @@ class GPTOSS(nn.Module):
         self._check(tokens, "tokens", tokens.shape)
         config, s = self.config, tokens.shape[1]
         S, start = s * sp.size(), cache.length if cache else 0
+        if cache and (documents is not None or sp.size() > 1):
+            raise ValueError("a cache is for one document on one rank: give no documents, and no sequence-parallel group")
         if start + S > config.max_position_embeddings:
             raise ValueError(f"{start + S} tokens do not fit the model's max_position_embeddings={config.max_position_embeddings}")
         if documents is not None:
@@ -754,9 +763,6 @@ class GPTOSS(nn.Module):
         V, wrong = self.config.vocab_size, ids[((ids < 0) | (ids >= self.config.vocab_size)) & (ids != other)]
         if len(wrong):
             raise ValueError(f"{name} must lie in [0, vocab_size={V}){f' or be {other}' if other else ''}; found {wrong[0].item()}")
-
-    def flops_per_token(self, seq_len):
-        return self.config.flops_per_token(seq_len)
 
     @torch.no_grad()
     def init_weights(self, seed=0):

@@ -18,7 +18,7 @@ import torch
 
 from checkpoint import open_weights, weight_files
 from data import TokenData
-from memory import check_beta2
+from memory import check_betas
 from model import GPTOSS, GPTOSSConfig
 
 
@@ -58,7 +58,7 @@ class Options(GPTOSSConfig):
     optimizer: str = option(
         "fp32", "fp32: 16 bytes a parameter; split: 10, as exact but for bf16 moments; bf16: 8, loses small updates"
     )
-    recompute: str = option("all", "activations made again in the backward: none, all, or all but the output of attention")
+    recompute: str = option("all", "activations made again in the backward: none; all; attention: all but attention's output")
     keep_blocks: int = option(0, "the last so many blocks recompute nothing: for memory that is left over")
     offload: bool = option(False, "keep the blocks' inputs in host memory between forward and backward")
     # evaluation, saving, output
@@ -99,15 +99,13 @@ class Options(GPTOSSConfig):
             "save_every",
         )
         for f in dataclasses.fields(self):
-            if f.type in (int, float) and f.name not in may_be_zero and not 0 < getattr(self, f.name) < math.inf:
-                raise ValueError(f"{f.name}={getattr(self, f.name)!r} must be positive and finite")
-        for name in may_be_zero:
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)!r} must not be negative or infinite")
+            value, zero = getattr(self, f.name), f.name in may_be_zero
+            if f.type in (int, float) and not (0 < value < math.inf or (zero and value == 0)):
+                raise ValueError(f"{f.name}={value!r} must be {'zero or ' if zero else ''}positive, and finite")
         if max(self.beta1, self.beta2) >= 1:
             raise ValueError(f"beta1={self.beta1} and beta2={self.beta2} must be less than 1")
-        if self.optimizer == "split":
-            check_beta2(self.beta2)
+        if self.optimizer != "fp32":
+            check_betas(self.beta1, self.beta2)
         if self.offload and (self.recompute == "none" or self.keep_blocks):
             raise ValueError(
                 f"offload=True moves the blocks' inputs, and recompute={self.recompute}, keep_blocks={self.keep_blocks} keep "
@@ -215,8 +213,17 @@ def check_files(options, config):
     gpus, wanted = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if options.offload and not gpus:
         raise ValueError("offload=True needs a GPU: without one there is no other memory than the host's")
+    in_fp32 = options.dtype == "float32" or (options.dtype == "auto" and not gpus)
+    for name in ("hidden_size", "intermediate_size"):
+        if getattr(config, name) % (4 if in_fp32 else 8):
+            size = f"{name}={getattr(config, name)} must be a multiple of {4 if in_fp32 else 8}"
+            raise ValueError(
+                f"{size}: grouped matmuls want rows of 16 bytes, and the computation is in {'fp32' if in_fp32 else 'bf16'}"
+            )
     if 0 < gpus < wanted:
         raise ValueError(f"--nproc_per_node {wanted}: this machine has {gpus} GPUs, and each rank needs one")
+    if options.eval_every and not options.eval_data:
+        raise ValueError(f"eval_every={options.eval_every} has nothing to evaluate: name a corpus, --eval_data=..., or set it to 0")
     if options.wandb and not importlib.util.find_spec("wandb"):
         raise ValueError("wandb=True: install it with `pip install wandb`, or leave the option out")
     if options.checkpoint:
@@ -233,4 +240,15 @@ def check_files(options, config):
             f"data={options.data} fills {data.rows_per_epoch} rows of seq_len={options.seq_len}, which is less than a step's "
             f"batch_size={options.batch_size}: use more data, or make one of the two smaller"
         )
-    return data, TokenData(options.eval_data, options.seq_len, **order) if options.eval_data else None
+    if options.checkpoint and data.vocab_size != config.vocab_size:
+        raise ValueError(
+            f"data={options.data} was encoded by {data.tokenizer} with a vocabulary of {data.vocab_size}, but "
+            f"checkpoint={options.checkpoint} has one of {config.vocab_size}: encode it with the tokenizer it was trained with"
+        )
+    held_out = TokenData(options.eval_data, options.seq_len, **order) if options.eval_data else None
+    if held_out and held_out.tokenizer != data.tokenizer:
+        raise ValueError(
+            f"eval_data={options.eval_data} was encoded by {held_out.tokenizer}, but data={options.data} by {data.tokenizer}: "
+            f"encode both with one"
+        )
+    return data, held_out

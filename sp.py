@@ -41,7 +41,8 @@ def rank():
 
 
 class _AllToAll(torch.autograd.Function):
-    """x (n, ...): rank r's block s becomes rank s's block r. Applied twice it is the identity, so it is its own backward."""
+    """x (n, ...): rank r's block s becomes rank s's block r. A permutation that undoes itself, so its own transpose as well: the
+    backward is the same call."""
 
     @staticmethod
     def forward(ctx, x):

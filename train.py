@@ -61,7 +61,7 @@ def build_model(options, config, device, mesh, dtype):
     """The model: built without memory, sharded, given memory, filled; no rank ever holds all of it."""
     with torch.device("meta"):
         model = GPTOSS(config, options.recompute, options.keep_blocks)
-    # gradients add up in fp32; but two that are stored in bf16 add up in bf16, which rounds once as well and sends half as much
+    # gradients add up in fp32; but two ranks', if stored in bf16, in bf16, which rounds once as well and sends half as much
     one_sum = mesh.size() == 2 and dtype == torch.bfloat16 and options.optimizer != "fp32"
     reduce_dtype = torch.bfloat16 if one_sum else torch.float32
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)  # rotary tables: fp32
@@ -70,7 +70,7 @@ def build_model(options, config, device, mesh, dtype):
     for module in [*model.blocks, model]:
         fully_shard(module, mesh=mesh, mp_policy=policy)
         module.set_gradient_divide_factor(1.0)  # the loss is divided by the global count of targets: gradients just add up
-        module.set_force_sum_reduction_for_comms(True)
+        module.set_force_sum_reduction_for_comms(True)  # FSDP would ask for NCCL's scaled sum, which gloo does not have
     model.to_empty(device=device)
     if options.checkpoint:
         load_weights(model, options.checkpoint)
@@ -173,8 +173,14 @@ def take_expert_load(model):
 PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}  # dense bf16 FLOP/s, from NVIDIA's data sheets
 
 
+def flops_of(config, documents):
+    """FLOPs of training on rows (B, S) of documents: attention stays inside each. See GPTOSSConfig.flops_per_token."""
+    lengths = [n for row in documents for n in row.unique_consecutive(return_counts=True)[1].tolist()]
+    return sum(n * config.flops_per_token(n) for n in lengths)
+
+
 def arithmetic(options, config, parameters, ranks):
-    """What a step is made of, in words."""
+    """What a step is made of, in words. Its FLOPs are an upper bound: rows of several documents have less attention."""
     groups, tokens = ranks // options.sp, options.batch_size * options.seq_len
     flops = config.flops_per_token(options.seq_len)
     again = recomputed_flops(config, options.seq_len, options.recompute, options.keep_blocks) / flops
@@ -182,7 +188,8 @@ def arithmetic(options, config, parameters, ranks):
         f"{parameters:,} parameters, optimizer {options.optimizer} at {sum(BYTES[options.optimizer])} bytes each\n"
         f"{tokens:,} tokens a step = {options.batch_size // groups // options.micro_batch} micro-batches x {groups} groups of "
         f"sp {options.sp} x {options.micro_batch} rows x {options.seq_len:,} tokens; "
-        f"{flops * tokens:.3g} FLOPs{f', and {again:.0%} more for what is recomputed' if again else ''}"
+        f"{flops * tokens:.3g} FLOPs{f', and {again:.0%} more for what is recomputed' if again else ''}, "
+        "if each row is one document"
     )
 
 
@@ -246,14 +253,14 @@ class Log:
 
     def plot(self):
         """Draw loss.png if matplotlib is installed."""
+        if not self.writes:
+            return
         try:
             import matplotlib
 
             matplotlib.use("agg")
             from matplotlib import pyplot
         except ImportError:
-            return
-        if not self.writes:
             return
         rows = self.read()
         figure, axes = pyplot.subplots(figsize=(7, 4))
@@ -322,8 +329,7 @@ def train(options):
         (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     log = Log(options, folder, step)
 
-    tokens_a_step = options.batch_size * options.seq_len
-    flops, peak = config.flops_per_token(options.seq_len), peak_flops(device)
+    tokens_a_step, peak = options.batch_size * options.seq_len, peak_flops(device)
     log.say(arithmetic(options, config, sum(p.numel() for p in model.parameters()), ranks))
     log.say(data.describe())
     log.say(f"goes on after step {step - 1}" if step else ready)
@@ -332,14 +338,17 @@ def train(options):
         # the gradient of the mean over all counted targets of the step, whichever rank and micro-batch they are in
         start = time.perf_counter()
         batches = [data.rows(mine) for mine in my_rows(options, step * options.batch_size, options.batch_size)]
-        (count,) = all_sum(sum((targets != IGNORED).sum() for _, targets, _ in batches) / options.sp, device=device)
+        counted = sum((targets != IGNORED).sum() for _, targets, _ in batches) / options.sp  # by each rank of a group, whole rows
+        (count,) = all_sum(counted, device=device)
         loss, count = 0, torch.tensor(count, device=device)
         for batch in batches:
             with HostMemory() if options.offload else nullcontext():
                 share = model(*to_model(batch, device), count=count)
             share.backward()
             loss += share.detach()
-        loss, norm, asked_to_stop = all_sum(loss, gradient_norm_squared(model) / options.replicas, stop.asked, device=device)
+        flops = sum(flops_of(config, documents) for _, _, documents in batches) / options.sp  # of a group of sp ranks, each
+        squares = gradient_norm_squared(model) / options.replicas  # all of which have the same gradients
+        loss, norm, flops, asked_to_stop = all_sum(loss, squares, flops, stop.asked, device=device)
         norm = math.sqrt(norm)
 
         # the update
@@ -364,7 +373,7 @@ def train(options):
         values |= {"ms": seconds * 1000, "tokens_per_s": tokens_a_step / seconds}
         values |= {"tokens_per_s_per_rank": tokens_a_step / seconds / ranks, "eta_s": seconds * (options.steps - step - 1)}
         if peak:
-            values["mfu"] = flops * values["tokens_per_s_per_rank"] / peak
+            values["mfu"] = flops / seconds / ranks / peak
         if device.type == "cuda":
             values["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         step += 1
@@ -375,7 +384,7 @@ def train(options):
         if (options.save_every and (step % options.save_every == 0 or last)) or asked_to_stop:
             stall = states.save(step, tensors, {"step": step, "updates": updates, "identity": identity})
             log.say(f"saving the state after step {step - 1}, stalled {stall:.2f} s")
-        if asked_to_stop:
+        if asked_to_stop and step < options.steps:
             break
         if held_out and options.eval_every and (step % options.eval_every == 0 or last):
             loss = evaluate(options, model, held_out, device)

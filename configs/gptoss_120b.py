@@ -1,5 +1,6 @@
 """gpt-oss-120b, every parameter trained, on rows of 65,536 tokens, on two nodes of eight 141 GB GPUs.
 
+python train.py configs/gptoss_120b.py --dry_run=true --checkpoint= --num_hidden_layers=36 --num_experts=128
 on each node: torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py configs/gptoss_120b.py
 """
 

@@ -15,7 +15,7 @@ initial_context_length = 256
 rope_scaling_factor = 4.0
 max_position_embeddings = 1024
 
-sp = 2  # both ranks share every sequence
+ranks = sp = 2  # both ranks share every sequence
 seq_len = 256
 batch_size = micro_batch = 16  # 4,096 tokens a step
 recompute = "none"

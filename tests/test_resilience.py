@@ -25,7 +25,7 @@ from soak import soak
 
 from checkpoint import INDEX, examine
 from guards import hold
-from model import GPTOSS
+from model import GPTOSS, GPTOSSConfig
 
 ENDLESS = ("tiny.py", "--steps=100000", "--warmup_steps=5")
 
@@ -463,6 +463,12 @@ def integer_weights(folder):
     save_file({name: x.to(torch.uint8) if name == "norm.weight" else x for name, x in load_file(path).items()}, path)
 
 
+def larger_vocabulary(folder):
+    model = GPTOSS(GPTOSSConfig(**{**json.loads((folder / "runs/base/model/config.json").read_text()), "vocab_size": 300}))
+    model.init_weights()
+    model.save_checkpoint(folder / "bad")
+
+
 def run_folder_is_a_file(folder):
     (folder / "runs").mkdir(exist_ok=True)
     (folder / "runs/mine").write_text("")
@@ -493,8 +499,9 @@ BAD = {  # case: (arguments, what is prepared, what the message must say)
     "zero": (["tiny.py", "--batch_size=0"], None, "batch_size=0", "positive"),
     "nan": (["tiny.py", "--lr=nan"], None, "lr=nan", "positive"),
     "infinite": (["tiny.py", "--lr=inf"], None, "lr=inf", "finite"),
-    "negative": (["tiny.py", "--weight_decay=-1"], None, "weight_decay=-1", "must not be negative"),
+    "negative": (["tiny.py", "--weight_decay=-1"], None, "weight_decay=-1", "zero or positive"),
     "beta": (["tiny.py", "--beta1=1"], None, "beta1=1", "less than 1"),
+    "moments that stand still": (["tiny.py", "--beta2=0.999", "--optimizer=bf16"], None, "beta2=0.999", "optimizer=fp32"),
     "beta2 of split": (["tiny.py", "--beta2=0.999", "--optimizer=split"], None, "beta2=0.999", "optimizer=fp32"),
     "unknown choice": (["tiny.py", "--dtype=fp8"], None, "dtype='fp8'", "choose one of"),
     "run elsewhere": (["tiny.py", "--name=../mine"], None, "../mine", "plain name"),
@@ -512,6 +519,14 @@ BAD = {  # case: (arguments, what is prepared, what the message must say)
     "seq_len of one": (["tiny.py", "--seq_len=1"], None, "seq_len=1", "2 or more"),
     "offload of all": (["tiny.py", "--offload=true"], None, "recompute=none", "choose recompute=attention or all"),
     "offload without a GPU": (["tiny.py", "--offload=true", "--recompute=all"], None, "offload=True", "needs a GPU"),
+    "odd size": (["tiny.py", "--hidden_size=34"], None, "hidden_size=34 must be a multiple of 4", "fp32"),
+    "odd size in bf16": (["tiny.py", "--intermediate_size=20", "--dtype=bfloat16"], None, "intermediate_size=20", "of 8"),
+    "nothing to evaluate": (["tiny.py", "--eval_every=2", "--eval_data="], None, "eval_every=2", "--eval_data=..."),
+    "held-out data of another tokenizer": (
+        ["tiny.py", "--data=bad", "--vocab_size=201088"], corpus(edit("meta.json", tokenizer="o200k_harmony")),
+        "eval_data=held-out was encoded by bytes", "encode both with one",
+    ),
+    "data of another vocabulary": (CHECKPOINT, larger_vocabulary, "vocabulary of 257", "checkpoint=bad has one of 300"),
     "no data": (["tiny.py", "--data=none"], None, "none/meta.json", "data.py"),
     "no held-out data": (["tiny.py", "--eval_data=none"], None, "none/meta.json", "data.py"),
     "data cut short": (["tiny.py", "--data=bad"], corpus(truncate("tokens.bin", 100)), "bad/tokens.bin", "100 bytes"),

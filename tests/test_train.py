@@ -15,7 +15,7 @@ from common import batch, run_ranks, tiny_config
 from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
-from loop import NO_GPU, TINY, losses, make_home, metrics, train, write_corpus
+from loop import NO_GPU, TINY, Run, losses, make_home, metrics, train, write_corpus
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -187,6 +187,53 @@ def test_metrics_and_lines(home, printed):
     assert "128 tokens a step = 2 micro-batches x 2 groups of sp 1 x 1 rows x 32 tokens" in printed["two"]
 
 
+def test_flops_of_packed_documents():
+    """Each piece is a sequence of its own; a later number that comes again is another piece."""
+    config = model_config(tiny_options())
+    documents = torch.tensor([[0, 0, 0, 1, 1, 2], [0] * 6])
+    expected = sum(n * config.flops_per_token(n) for n in (3, 2, 1, 6))
+    assert loop.flops_of(config, documents) == pytest.approx(expected)
+    assert loop.flops_of(config, documents) < 12 * config.flops_per_token(6)
+
+
+def on_a_gpu_of_a_gigaflop(rank):
+    loop.peak_flops = lambda device: 1e9
+
+
+@pytest.mark.parametrize("sp", [1, 2])
+def test_mfu(home, sp):
+    """Of the documents that were in the batch, whatever the ranks."""
+    arguments = ("tiny.py", f"--name=mfu-{sp}", "--steps=2", f"--sp={sp}", "--micro_batch=2")
+    Run(home, *arguments, ranks=2, prepare=on_a_gpu_of_a_gigaflop).ends_well()
+    config = model_config(tiny_options())
+    for row in metrics(home, f"mfu-{sp}"):
+        _, _, documents = whole_batch(home, tiny_options(), "corpus", range(4 * row["step"], 4 * row["step"] + 4))
+        assert documents.any()
+        assert row["mfu"] == pytest.approx(loop.flops_of(config, documents) / (row["ms"] / 1000) / 2 / 1e9)
+
+
+class StopInStep3:
+    steps = 0
+
+    @property
+    def asked(self):
+        StopInStep3.steps += 1
+        return StopInStep3.steps == 3
+
+
+def stop_in_step_3(rank):
+    loop.Stop = StopInStep3
+
+
+def test_a_stop_in_the_last_step_changes_nothing(home):
+    """The run is over all the same: it is evaluated, and its weights are written. A step earlier, neither."""
+    for steps in (3, 4):
+        arguments = ("tiny.py", f"--name=stopped-{steps}", f"--steps={steps}", "--eval_every=50", "--eval_rows=4")
+        printed = Run(home, *arguments, prepare=stop_in_step_3).ends_well().text()
+        assert ("held out" in printed) == ("weights are in" in printed) == (steps == 3)
+        assert "saving the state after step 2" in printed
+
+
 def test_files_of_a_run(home, printed):
     run = home / "runs/one"
     settings = json.loads((run / "config.json").read_text())
@@ -227,7 +274,7 @@ def test_dry_run(home):
     parameters = sum(p.numel() for p in fresh_model(tiny_options()).parameters())
     assert f"{parameters:,} parameters, optimizer fp32 at 16 bytes each" in text
     assert "2 micro-batches x 2 groups of sp 2 x 1 rows x 32 tokens" in text and "GiB  peak of each of 4 GPUs" in text
-    assert "FLOPs\n" in text, "nothing is recomputed"
+    assert "FLOPs, if each row is one document\n" in text, "nothing is recomputed"
     assert not (home / "runs/dry").exists()
 
 
@@ -410,7 +457,14 @@ def test_help_lists_every_option(capsys):
 
 
 @pytest.mark.parametrize(
-    "wrong", ["--offload=true --recompute=none", "--offload=true --keep_blocks=1", "--optimizer=split --beta2=0.999"]
+    "wrong",
+    [
+        "--offload=true --recompute=none",
+        "--offload=true --keep_blocks=1",
+        "--optimizer=split --beta2=0.999",
+        "--optimizer=bf16 --beta2=0.999",
+        "--optimizer=split --beta1=0.995",
+    ],
 )
 def test_options_that_exclude_each_other(wrong):
     """Found as they are read: a dry run, or a GPU that has loaded the weights, would be too late."""
@@ -437,4 +491,5 @@ def test_any_value_of_the_right_type_arrives_and_others_are_named(data):
     else:
         assert type(value) is field.type
         expected = text.lower() == "true" if field.type is bool else field.type(text)
+        expected = expected or "run" if field.name == "name" else expected
         assert value == expected and not (field.type is float and math.isnan(value))
