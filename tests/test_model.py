@@ -553,6 +553,13 @@ def test_loss_scales_and_needs_no_gradient():
         assert relative(model(tokens, targets), loss) <= 1e-6
 
 
+def test_loss_refuses_a_second_derivative():
+    """It would take the first one, which it holds ready, for a constant."""
+    model = noise_(GPTOSS(tiny_config()))
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(model(*batch(model.config, 1, 9)), model.norm.weight, create_graph=True)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # What users get wrong
 

@@ -60,6 +60,13 @@ def test_features_with_a_cache_equal_those_without(chunks):
     torch.testing.assert_close(torch.cat(parts, dim=1), model.features(tokens), rtol=0, atol=2e-5)
 
 
+def test_a_cache_takes_no_documents():
+    model = noise_(GPTOSS(tiny_config()))
+    tokens = prompt_of(model.config, 9)
+    with pytest.raises(ValueError, match="give no documents"):
+        model.features(tokens, torch.zeros_like(tokens), cache=KeyValueCache(model.config, 9))
+
+
 def test_greedy_tokens_equal_those_of_transformers():
     ours, theirs = twins(tiny_config())
     tokens = prompt_of(ours.config, 23)
