@@ -336,8 +336,8 @@ class CudnnSinkAttention(torch.autograd.Function):
             out, with_sink = fold_sinks(out, lse.view(out.shape[:3]), sinks)
             return out, with_sink.view(lse.shape), *rest
 
-        # keep: just attend(), but in a block that is recomputed; see Recompute, below
-        out, lse, ctx.cum_q, ctx.cum_k, ctx.max_q, ctx.max_k, seed, offset, _ = keep(attend)
+        # once: just attend(), but when a recomputed block runs again what it returned before; see Recompute, below
+        out, lse, ctx.cum_q, ctx.cum_k, ctx.max_q, ctx.max_k, seed, offset, _ = once(attend)
         ctx.save_for_backward(q, k, v, sinks, out, lse, seed, offset)
         return out.transpose(1, 2)
 
@@ -644,7 +644,7 @@ class Recompute:
     """What a checkpointed block may skip when it runs a second time to give its backward the activations.
 
     A checkpointed block keeps its input and nothing else. The second run needs every value that a backward reads, but not
-    the block's output (`replaying`), and it need not redo a costly step whose result was put aside (`keep`). For one backward:
+    the block's output (`replaying`), and it need not redo a costly step whose result was put aside (`once`). For one backward:
     a second one through the same graph fails."""
 
     current = None  # of the checkpointed block that runs now; None outside of one
@@ -667,7 +667,7 @@ class Recompute:
         return state.run(False), state.run(True)
 
 
-def keep(compute):
+def once(compute):
     """compute(), a tuple of tensors; in a block's second run what it returned in the first, if attention is to be kept."""
     state = Recompute.current
     if state is None or not state.keep_attention:
