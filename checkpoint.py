@@ -114,6 +114,8 @@ def open_weights(wanted, folder):
 
     ValueError that lists all that does not fit: missing, unknown and misshapen tensors, files that cannot be read."""
     files = weight_files(folder)
+    if "model.embed_tokens.weight" in files:
+        raise ValueError(f"{folder} is in Hugging Face's layout: `python convert_hf.py {folder}` makes a folder of ours")
     problems = [f"missing: {name}" for name in wanted.keys() - files.keys()]
     problems += [f"unknown: {name}" for name in files.keys() - wanted.keys()]
     opened, slices = {}, {}
@@ -178,6 +180,7 @@ def save_weights(model, folder, dtype, write_config):
             if writes:
                 try:
                     save_file(tensors, aside / file, metadata={"format": "pt"})
+                    (aside / file).chmod(aside.stat().st_mode & 0o666)  # as others may read the folder; safetensors says 0600
                 except SafetensorError as error:
                     raise OSError(f"cannot write {folder}: {error}") from None
         if writes:
@@ -279,7 +282,7 @@ class States:
                 shutil.rmtree(aside, ignore_errors=True)
             causes = {str(cause): rank for rank, (cause, _) in getattr(error, "failures", {}).items()}
             reason = "; ".join(f"rank {rank}: {cause}" for cause, rank in causes.items()) or error
-            return f"cannot save {folder}: {reason}; make room, then --resume=true goes on from the state before it"
+            return f"cannot save {folder}: {reason}"
 
     def wait(self):
         """Wait until the state that is being written, if any, is complete. OSError if it could not be written."""

@@ -190,9 +190,14 @@ class Place(NamedTuple):
         return torch.from_numpy(data).view(self.dtype).view(-1, *self.shape[1:])
 
     def write(self, rows, tensor):
-        with open(self.path, "r+b") as file:
-            file.seek(self.offset + (rows.start or 0) * self.row_bytes())
-            tensor.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy().tofile(file)
+        data = tensor.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy()
+        try:
+            with open(self.path, "r+b") as file:
+                file.seek(self.offset + (rows.start or 0) * self.row_bytes())
+                data.tofile(file)
+        except OSError as error:  # numpy's does not say where, nor why
+            free = shutil.disk_usage(self.path.parent).free
+            raise OSError(f"cannot write {self.path}, with {free / 1e9:.1f} GB free on its disk: {error}") from None
 
 
 def read_header(path):

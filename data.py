@@ -469,11 +469,15 @@ def main():
     parser.add_argument("--tokenizer", default=HarmonyTokenizer.name, choices=TOKENIZERS, help="default: %(default)s")
     parser.add_argument("--seq_len", type=int, help="also say how the documents fill rows of this many tokens")
     options = parser.parse_args()
+    if options.seq_len is not None and options.seq_len < 2:
+        parser.error(f"--seq_len={options.seq_len}: 2 or more")
     try:
         meta = write_corpus(options.inputs, options.out, options.tokenizer)
         print(f"{options.out}: {meta['documents']:,} documents, {meta['tokens']:,} tokens, {meta['counted']:,} counted")
         if options.seq_len is not None:
             print(TokenData(options.out, options.seq_len).describe())
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     except (ValueError, OSError) as error:
         raise SystemExit(f"data.py: {error}") from None
 

@@ -12,6 +12,7 @@ import time
 import traceback
 from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -72,8 +73,8 @@ def fail(error, options):
         text = f"error: {describe_lost(store) if store else 'another rank died or hangs'} ({str(error).splitlines()[0]})"
     elif isinstance(error, torch.OutOfMemoryError):
         text = f"error: rank {os.environ.get('RANK', 0)}: {str(error).splitlines()[0]}\n{memory_advice(options)}"
-    elif isinstance(error, OSError) and options and not error.filename:
-        text = f"error: {error} (in runs/{options.name}; mend it, then --resume=true goes on)"
+    elif isinstance(error, OSError) and options and any(Path("runs", options.name, "states").glob("step-*")):
+        text = f"error: {error} (mend it, then --name={options.name} --resume=true goes on)"
     elif isinstance(error, (ValueError, OSError, FloatingPointError)):
         text = f"error: {error}"
     else:
@@ -94,8 +95,9 @@ def first_to_say(text, store):
     return store.add(f"{said}/{text}", 1) == 1 if text else others == 0
 
 
-def torchrun_store(seconds=5):
-    """The key-value store through which ranks met, kept by torchrun, or by the first rank once it runs. None if out of reach."""
+def torchrun_store(seconds=12):
+    """The key-value store through which ranks met, kept by torchrun, or by the first rank once it runs. None if out of reach.
+    PyTorch looks up names as it connects: 12 seconds outlast a name server that is silent twice."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and not dist.is_initialized():
         return None
     try:
@@ -123,14 +125,14 @@ def pulse_key(rank):
 def keep_pulse():
     """Count in the store, once a second, from a thread that runs whatever the others wait for."""
 
-    def beat(store):
+    def beat(store, key):
         with suppress(RuntimeError):  # there is no store any more
             while True:
-                store.add(pulse_key(dist.get_rank()), 1)
+                store.add(key, 1)
                 time.sleep(1)
 
     if store := torchrun_store():
-        threading.Thread(target=beat, args=(store,), daemon=True).start()
+        threading.Thread(target=beat, args=(store, pulse_key(dist.get_rank())), daemon=True).start()
 
 
 def describe_lost(store):

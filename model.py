@@ -73,6 +73,8 @@ class GPTOSSConfig:
             raise ValueError(
                 f"num_key_value_heads={self.num_key_value_heads} must divide num_attention_heads={self.num_attention_heads}"
             )
+        if self.rope_theta <= 1:
+            raise ValueError(f"rope_theta={self.rope_theta} must be greater than 1: it is the base of the rotary frequencies")
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary positions turn pairs of dimensions")
         if self.experts_per_token > self.num_experts:
@@ -89,8 +91,9 @@ class GPTOSSConfig:
     @classmethod
     def from_json(cls, path):
         """Read our config.json, OpenAI's original one or Hugging Face's. ValueError for a model this file does not implement."""
+        path = Path(path)
         try:
-            given = json.loads(Path(path).read_text())
+            given = json.loads(path.read_text())
         except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not a readable config.json ({error})") from None
         if not isinstance(given, dict):
@@ -101,7 +104,10 @@ class GPTOSSConfig:
         missing = names - given.keys() - {"max_position_embeddings", "rms_norm_eps"}  # OpenAI's original leaves these two out
         unknown = given.keys() - names
         if missing or unknown:
-            raise ValueError(f"{path}: missing fields {sorted(missing)}, unknown fields {sorted(unknown)}")
+            hint = (
+                f"; {path.parent} is a run's folder, its weights are in {path.parent / 'model'}" if "batch_size" in unknown else ""
+            )
+            raise ValueError(f"{path}: missing fields {sorted(missing)}, unknown fields {sorted(unknown)}{hint}")
         try:
             return cls(**given)
         except ValueError as error:

@@ -17,7 +17,7 @@ from types import ModuleType
 import torch
 
 from checkpoint import open_weights, weight_files
-from data import TokenData
+from data import TokenData, get_tokenizer
 from memory import check_betas
 from model import GPTOSS, GPTOSSConfig
 
@@ -111,6 +111,8 @@ class Options(GPTOSSConfig):
                 f"offload=True moves the blocks' inputs, and recompute={self.recompute}, keep_blocks={self.keep_blocks} keep "
                 "more than those: choose recompute=attention or all, and keep_blocks=0"
             )
+        if self.seed >= 2**31:
+            raise ValueError(f"seed={self.seed} must be less than 2147483648")
         if Path(self.name).name != self.name or self.name == "..":
             raise ValueError(f"name={self.name!r} must be a plain name: the run's files go to runs/NAME")
 
@@ -173,13 +175,22 @@ def model_config(options):
         return GPTOSSConfig(**sizes)
     if sizes != dataclasses.asdict(GPTOSSConfig()):
         raise ValueError(f"checkpoint={options.checkpoint} brings its own sizes: leave those of the model alone")
-    return GPTOSSConfig.from_json(Path(options.checkpoint) / "config.json")
+    path = Path(options.checkpoint) / "config.json"
+    if not path.exists():
+        raise ValueError(
+            f"checkpoint={options.checkpoint}: {path} does not exist; convert_hf.py makes checkpoints/NAME, and a run's weights "
+            "are in runs/NAME/model; with --checkpoint= they are random"
+        )
+    return GPTOSSConfig.from_json(path)
 
 
 def check_ranks(options, config, ranks):
     """ValueError if the options do not divide among the ranks."""
     if ranks % (options.sp * options.replicas):
-        raise ValueError(f"sp={options.sp} times replicas={options.replicas} must divide the number of ranks, {ranks}")
+        raise ValueError(
+            f"sp={options.sp} times replicas={options.replicas} must divide the number of ranks, {ranks}: start that many by "
+            f"torchrun --nproc_per_node, or choose another --sp"
+        )
     rows = ranks // options.sp * options.micro_batch
     if options.batch_size % rows:
         raise ValueError(f"batch_size={options.batch_size} must be a multiple of {rows} = {ranks} ranks / sp x micro_batch")
@@ -201,12 +212,20 @@ def check_same_run(folder, was, now):
         raise ValueError(f"{folder} cannot go on with other settings: {', '.join(changed)}; --name=... starts another run")
 
 
+def check_new(options):
+    """ValueError if the run's folder holds a run, unless this one goes on with it and can."""
+    run = Path("runs") / options.name
+    if (run / "model").exists() and not any((run / "states").glob("step-*")):
+        raise ValueError(f"{run} already holds a run, which has ended and kept no state to go on from: --name=... starts another")
+    if (run / "metrics.jsonl").exists() and not options.resume:
+        raise ValueError(f"{run} already holds a run: --resume=true goes on with it, --name=... starts another")
+
+
 def check_files(options, config):
     """The data and the held-out data, or None, of a run that has what it needs. ValueError if it has not: found by every rank
     alone, before they meet and before a GPU has work."""
+    check_new(options)
     run = Path("runs") / options.name
-    if (run / "metrics.jsonl").exists() and not options.resume:
-        raise ValueError(f"{run} already holds a run: --resume=true goes on with it, --name=... starts another")
     place = next(path for path in (run, *run.parents) if path.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise ValueError(f"{run}: cannot be written in {place.absolute()}: start in another folder, or choose another --name")
@@ -251,4 +270,8 @@ def check_files(options, config):
             f"eval_data={options.eval_data} was encoded by {held_out.tokenizer}, but data={options.data} by {data.tokenizer}: "
             f"encode both with one"
         )
+    if options.sample:
+        length, context = len(get_tokenizer(data.tokenizer).encode(options.sample)), config.max_position_embeddings
+        if length >= context:
+            raise ValueError(f"sample={options.sample[:20]!r}...: {length} tokens, of which the model takes at most {context - 1}")
     return data, held_out

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from data import TOKENIZERS, ByteTokenizer, HarmonyTokenizer, get_tokenizer, load_harmony
-from model import GPTOSS
+from model import GPTOSS, GPTOSSConfig
 
 PROMPT_TOKENS = 128  # that pass the model at a time: attention holds heads x 128 x T scores three times, 13 GB at the full context
 
@@ -65,10 +65,9 @@ def draw(logits, temperature, top_p, generator=None):
 
 
 @torch.no_grad()
-def generate(model, tokens, max_tokens, temperature=1.0, top_p=1.0, stop=(), generator=None, prompt_tokens=PROMPT_TOKENS):
-    """Yield the tokens that follow the list `tokens`, one by one: at most `max_tokens` or what the context has room for, up to
-    one in `stop`, which is not yielded. `generator` is a torch.Generator on the model's device. ValueError for what cannot be."""
-    context, device = model.config.max_position_embeddings, model.embedding.weight.device
+def check_request(config, tokens, max_tokens, temperature, top_p):
+    """ValueError for what cannot be."""
+    context = config.max_position_embeddings
     if not 0 < len(tokens) < context:
         raise ValueError(f"a prompt of {len(tokens)} tokens: this model takes 1 to {context - 1}, and needs room to answer")
     for name, value, fine in (
@@ -78,7 +77,13 @@ def generate(model, tokens, max_tokens, temperature=1.0, top_p=1.0, stop=(), gen
     ):
         if not fine:
             raise ValueError(f"{name}={value}: max_tokens is 1 or more, temperature 0 or more, top_p in (0, 1]")
-    max_tokens = min(max_tokens, context - len(tokens))
+
+
+def generate(model, tokens, max_tokens, temperature=1.0, top_p=1.0, stop=(), generator=None, prompt_tokens=PROMPT_TOKENS):
+    """Yield the tokens that follow the list `tokens`, one by one: at most `max_tokens` or what the context has room for, up to
+    one in `stop`, which is not yielded. `generator` is a torch.Generator on the model's device. ValueError for what cannot be."""
+    check_request(model.config, tokens, max_tokens, temperature, top_p)
+    max_tokens, device = min(max_tokens, model.config.max_position_embeddings - len(tokens)), model.embedding.weight.device
     cache = KeyValueCache(model.config, len(tokens) + max_tokens)
     new = torch.tensor([tokens], device=device)
     for _ in range(max_tokens):
@@ -157,13 +162,17 @@ def write(folder, prompt, *, chat=None, max_tokens=1000, temperature=1.0, top_p=
     chat: whether the prompt is a user's message or the beginning of the text; None: a message for the released vocabulary."""
     weights, name = locate(folder, tokenizer)
     tokenizer, device = get_tokenizer(name), torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device={device}: this machine or this PyTorch has no CUDA GPU")
     chat = name == HarmonyTokenizer.name if chat is None else chat
     tokens = chat_prompt(prompt, tokenizer) if chat else tokenizer.encode(prompt)
-    model = GPTOSS.from_checkpoint(weights, device)
-    if model.config.vocab_size < tokenizer.vocab_size:
-        ours, theirs = model.config.vocab_size, tokenizer.vocab_size
+    config = GPTOSSConfig.from_json(weights / "config.json")
+    check_request(config, tokens, max_tokens, temperature, top_p)  # before the weights are read
+    if config.vocab_size < tokenizer.vocab_size:
+        ours, theirs = config.vocab_size, tokenizer.vocab_size
         other = " or ".join(TOKENIZERS.keys() - {name})
         raise ValueError(f"{weights} has {ours} tokens, {name} has {theirs}: choose --tokenizer={other}")
+    model = GPTOSS.from_checkpoint(weights, device)
     generator, times = torch.Generator(device).manual_seed(seed), [time.perf_counter()]
 
     def timed(tokens):

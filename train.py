@@ -36,7 +36,7 @@ from checkpoint import COMPANIONS, HF_CONFIG, States, copy_companions, load_weig
 from guards import Stop, describe_bad_step, fail, hold, keep_pulse, meeting_point
 from memory import BYTES, HostMemory, SplitAdamW, estimate, recomputed_flops
 from model import GPTOSS, IGNORED
-from options import check_files, check_ranks, check_same_run, model_config, parse
+from options import check_files, check_new, check_ranks, check_same_run, model_config, parse
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Ranks, model, optimizer
@@ -197,6 +197,8 @@ def dry_run(options):
     """Print what the run will need."""
     ranks, config = int(os.environ.get("WORLD_SIZE", options.ranks)), model_config(options)
     check_ranks(options, config, ranks)
+    if os.environ.get("RANK", "0") != "0":
+        return
     with torch.device("meta"):
         parameters = sum(p.numel() for p in GPTOSS(config).parameters())
     shared = ("sp", "replicas", "seq_len", "micro_batch", "optimizer", "recompute", "keep_blocks", "offload")
@@ -269,7 +271,10 @@ class Log:
                 axes.plot(*zip(*points), label=label, marker="o" if key == "eval_loss" else None)
         axes.set(xlabel="step", ylabel="loss (nats per token)")
         axes.legend()
-        figure.savefig(self.file.with_name("loss.png"), dpi=120, bbox_inches="tight")
+        try:
+            figure.savefig(self.file.with_name("loss.png"), dpi=120, bbox_inches="tight")
+        except Exception as error:  # a full disk, a matplotlib that is set up otherwise: no reason to fail a run
+            self.say(f"loss.png was not drawn: {str(error).splitlines()[0]}")
 
 
 def format_line(v):
@@ -301,6 +306,7 @@ def train(options):
     folder = Path("runs") / options.name
     if first:
         hold(folder)
+        check_new(options)  # again: who held it may have been another run of that name
     device, mesh = start_ranks(options)
     stop = Stop()
 
@@ -316,7 +322,7 @@ def train(options):
     # where to begin
     states, tensors = States(folder / "states", options.keep), training_state(model, optimizer)
     fixed = ("data", "seed", "seq_len", "batch_size", "long_documents", "optimizer")  # what may not change when a run goes on
-    identity = dataclasses.asdict(config) | {name: getattr(options, name) for name in fixed}
+    identity = dataclasses.asdict(config) | {name: getattr(options, name) for name in fixed} | {"tokens in data": data.tokens}
     saved = (states.newest() if options.resume else None) or {"step": 0, "updates": 0, "identity": identity}
     check_same_run(folder, saved["identity"], identity)
     if saved["step"]:
@@ -398,16 +404,16 @@ def train(options):
             copy_companions(Path(options.checkpoint), path.parent, (*COMPANIONS, HF_CONFIG))
 
     states.wait()
-    log.plot()
     if step < options.steps:
         log.say(f"asked to stop: --resume=true goes on after step {step - 1}")
     else:
         save_weights(model, folder / "model", dtype, write_config)
         log.say(f"weights are in {folder / 'model'}")
-        if options.sample:
-            sp.init(None)  # the first rank alone
-            if first:
-                sample.write(folder, options.sample, chat=False, max_tokens=options.sample_tokens, temperature=0.8, device=device)
+    log.plot()
+    if options.sample and step == options.steps:
+        sp.init(None)  # the first rank alone
+        if first:
+            sample.write(folder, options.sample, chat=False, max_tokens=options.sample_tokens, temperature=0.8, device=device)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -50,6 +50,8 @@ if __name__ == "__main__":  # python configs/finetune_chat.py FILE
     import sys
     from pathlib import Path
 
+    if len(sys.argv) != 2:
+        raise SystemExit("say where the chats shall go: python configs/finetune_chat.py data/chat.jsonl")
     path = Path(sys.argv[1])
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:

@@ -316,6 +316,32 @@ def test_a_killed_node_comes_back(home):
 # Numbers go bad
 
 
+def test_of_two_runs_of_one_name_one_is_refused(home):
+    """The second one waits for the first to leave the folder, and then finds a run in it."""
+    runs = [Run(home, "tiny.py", "--steps=4", "--name=same", f"--seed={seed}") for seed in (0, 1)]
+    codes = [run.wait() for run in runs]
+    assert sorted(codes) == [[0], [1]]
+    refused = runs[codes.index([1])].text()
+    assert refused.startswith("error: runs/same already holds a run") or "is in use" in refused
+
+
+def no_pictures(rank):
+    from matplotlib.figure import Figure
+
+    def savefig(*_, **__):
+        raise RuntimeError("no LaTeX here")
+
+    Figure.savefig = savefig
+
+
+def test_a_plot_that_fails_costs_nothing_else(home):
+    pytest.importorskip("matplotlib", reason="draws loss.png")
+    run = Run(home, "tiny.py", "--steps=2", "--name=plain", prepare=no_pictures).ends_well()
+    assert "loss.png was not drawn: no LaTeX here" in run.text()
+    modes = {path.stat().st_mode & 0o777 for path in (home / "runs/plain/model").iterdir()}
+    assert modes == {(home / "runs/plain/metrics.jsonl").stat().st_mode & 0o777}, "others may read what they may list"
+
+
 def one_bad_loss(rank):
     """The forward of step 3 gives NaN on rank 1 only."""
     good, calls = GPTOSS.forward, []
@@ -384,7 +410,8 @@ def test_full_disk_while_saving(home, prepare):
     run = Run(home, *options, ranks=2, prepare=prepare)
     assert run.wait(grace=5) == [1, 1]
     (message,) = [line for line in run.text().splitlines() if line.startswith("error")]
-    assert f"cannot save runs/{name}/states/step-00000008" in message and "make room" in message and "Traceback" not in run.text()
+    assert f"cannot save runs/{name}/states/step-00000008" in message and "Traceback" not in run.text()
+    assert message.endswith(f"(mend it, then --name={name} --resume=true goes on)")
     assert "File too large" in message or "No space left" in message
     assert states(home / "runs" / name) == ["step-00000004"]
     assert "goes on after step 3\n" in train(home, *options, ranks=2)
@@ -469,6 +496,10 @@ def larger_vocabulary(folder):
     model.save_checkpoint(folder / "bad")
 
 
+def ended(folder):
+    shutil.copytree(folder / "runs/base", folder / "runs/ended", ignore=shutil.ignore_patterns("states"))
+
+
 def run_folder_is_a_file(folder):
     (folder / "runs").mkdir(exist_ok=True)
     (folder / "runs/mine").write_text("")
@@ -500,6 +531,9 @@ BAD = {  # case: (arguments, what is prepared, what the message must say)
     "nan": (["tiny.py", "--lr=nan"], None, "lr=nan", "positive"),
     "infinite": (["tiny.py", "--lr=inf"], None, "lr=inf", "finite"),
     "negative": (["tiny.py", "--weight_decay=-1"], None, "weight_decay=-1", "zero or positive"),
+    "seed": (["tiny.py", "--seed=99999999999999999999"], None, "seed=99999999999999999999", "less than 2147483648"),
+    "rope": (["tiny.py", "--rope_theta=1"], None, "rope_theta=1.0", "greater than 1"),
+    "long sample": (["tiny.py", f"--sample={'x' * 64}"], None, "sample='xxx", "64 tokens, of which the model takes at most 63"),
     "beta": (["tiny.py", "--beta1=1"], None, "beta1=1", "less than 1"),
     "moments that stand still": (["tiny.py", "--beta2=0.999", "--optimizer=bf16"], None, "beta2=0.999", "optimizer=fp32"),
     "beta2 of split": (["tiny.py", "--beta2=0.999", "--optimizer=split"], None, "beta2=0.999", "optimizer=fp32"),
@@ -538,7 +572,13 @@ BAD = {  # case: (arguments, what is prepared, what the message must say)
     "nothing counted": (["tiny.py", "--data=bad"], corpus(zeros("counted.bin")), "bad", "no target is left"),
     "less data than a batch": (["tiny.py", "--data=held-out", "--batch_size=4000"], None, "data=held-out", "batch_size=4000"),
     "data for a larger vocabulary": (["tiny.py", "--vocab_size=100"], None, "vocab_size=100", "another"),
-    "no checkpoint": (CHECKPOINT, None, "bad/config.json", "not a readable"),
+    "no checkpoint": (CHECKPOINT, None, "bad/config.json does not exist", "convert_hf.py"),
+    "checkpoint of Hugging Face": (
+        CHECKPOINT, weights(rename_in_index('"embedding.w', '"model.embed_tokens.w')), "Hugging Face's layout", "convert_hf.py bad",
+    ),
+    "a run for a checkpoint": (
+        ["--checkpoint=runs/base", *CHECKPOINT[1:]], None, "unknown fields", "weights are in runs/base/model",
+    ),
     "sizes beside a checkpoint": ([*CHECKPOINT, "--hidden_size=64"], weights(lambda f: None), "checkpoint=bad", "leave those"),
     "checkpoint cut short": (CHECKPOINT, weights(truncate(FILE, 5000)), FILE, "unreadable"),
     "checkpoint's header": (CHECKPOINT, weights(overwrite(FILE, HUGE_HEADER)), FILE, "unreadable"),
@@ -553,6 +593,7 @@ BAD = {  # case: (arguments, what is prepared, what the message must say)
     "a billion layers": (CHECKPOINT, weights(edit("config.json", num_hidden_layers=10**9)), "1000000000 layers", "bad"),
     "config.json of nonsense": (CHECKPOINT, weights(overwrite("config.json", b"GGUF\0")), "bad/config.json", "not a readable"),
     "a run is there": (["tiny.py", "--name=base"], None, "runs/base already holds a run", "--resume=true"),
+    "a run that has ended for good": (["tiny.py", "--name=ended", "--resume=true"], ended, "kept no state", "--name=..."),
     "the run's folder is a file": (["tiny.py", "--name=mine"], run_folder_is_a_file, "runs/mine", "another --name"),
     "goes on with other data": ([*AGAIN, "--data=held-out"], None, "data was 'corpus'", "--name"),
     "goes on with another batch": ([*AGAIN, "--batch_size=8"], None, "batch_size was 4 and is 8", "--name"),
@@ -589,7 +630,10 @@ def test_bad_input_in_a_process_of_its_own(home):
     command = [sys.executable, ROOT / "train.py", "tiny.py", "--sp=2"]
     done = subprocess.run(command, cwd=home, env=NO_GPU, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "error: sp=2 times replicas=1 must divide the number of ranks, 1\n"
+    assert done.stderr == (
+        "error: sp=2 times replicas=1 must divide the number of ranks, 1: "
+        "start that many by torchrun --nproc_per_node, or choose another --sp\n"
+    )
 
 
 def test_wandb_is_not_installed(home):

@@ -278,6 +278,14 @@ def test_dry_run(home):
     assert not (home / "runs/dry").exists()
 
 
+def test_one_rank_prints_a_dry_run(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in "0", "1":
+        monkeypatch.setenv("RANK", rank)
+        loop.dry_run(Options(batch_size=2))
+        assert bool(capsys.readouterr().out) == (rank == "0")
+
+
 def test_advice_when_memory_runs_out():
     """The cheapest first, and nothing that would not help."""
     keeping = memory_advice(Options(recompute="attention", keep_blocks=3, optimizer="split"))
