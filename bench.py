@@ -559,8 +559,6 @@ def training_section(options, config, results):
     say_row(TRAINING)
     for sequences, S in options.rows:
         n = options.sp or max(1, ranks // sequences)  # ranks that share a sequence
-        if ranks % n:
-            raise SystemExit(f"error: {sequences}x{length(S)} at sp={n}: sp must divide the number of ranks, {ranks}")
         rows = max(1, sequences * n // ranks)  # a rank's sequences
         needs = functools.partial(peak, seq_len=S, sp=n, micro_batch=rows)
         settings = least_recomputation(options, config.num_hidden_layers, needs)
@@ -708,10 +706,11 @@ def accuracy_section(options, config, results):
         say(f"{time.perf_counter() - began:6.1f} s  {text}")
 
     tokens, ours = random_tokens(config, S), build_ours(config)
+    generator = torch.Generator(DEVICE).manual_seed(0)
     with torch.no_grad():  # as initialised these are zero, and would hide what is wrong with them
         for name, p in ours.named_parameters():
             if name.endswith(("bias", "sinks")):
-                p.normal_(0, 1 if name.endswith("sinks") else 0.02)
+                p.normal_(0, 1 if name.endswith("sinks") else 0.02, generator=generator)
     progress("our model is built; now in float32, by definition")
     exact = copy.deepcopy(ours).float()
     exact.recompute = "all"  # the scores of a layer take many GiB
@@ -827,6 +826,13 @@ COMMANDS = {  # name: (what it measures in this order, default rows on a GPU, on
 }
 
 
+def refuse(parser, message):
+    """End with the message, once."""
+    if os.environ.get("RANK", "0") == "0":
+        parser.error(message)
+    raise SystemExit(2)
+
+
 def measure(options, parser):
     deterministic, ranks = options.deterministic == "true", "RANK" in os.environ
     name = "profile" if options.profile else "accuracy" if options.accuracy else "deterministic" if deterministic else "bench"
@@ -835,6 +841,16 @@ def measure(options, parser):
     name = "train" if ranks else name
     sections, on_gpu, on_cpu = COMMANDS[name]
     options.rows = options.rows or parse_rows(on_gpu if GPU else on_cpu)
+    if ranks:
+        for sequences, S in options.rows:
+            world = int(os.environ["WORLD_SIZE"])
+            n = world // min(sequences, world) if options.sp is None else options.sp
+            if n < 1 or world % n or S % n or S > K * K:
+                refuse(parser, f"{sequences}x{length(S)} at sp={n}: sp must divide the {world} ranks and the length, at most 1M")
+            if options.sp is None and sequences % (world // n):
+                refuse(parser, f"{sequences}x{length(S)}: the sequences must divide among {world // n} groups of ranks")
+    if options.keep_blocks is not None and options.keep_blocks < 0:
+        refuse(parser, f"--keep_blocks={options.keep_blocks}: 0 or more")
     if not ranks:
         if any(sequences > 1 for sequences, _ in options.rows):
             parser.error("--rows: several sequences are for training: start bench.py by torchrun")

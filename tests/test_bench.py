@@ -328,3 +328,22 @@ def test_wrong_options(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
         bench.main(arguments)
     assert message in capsys.readouterr().err + str(stop.value)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--rows=33"], "1x33 at sp=2: sp must divide"),
+        (["--rows=3x32"], "must divide among 2 groups"),
+        (["--sp=-1"], "at sp=-1"),
+        (["--keep_blocks=-1"], "--keep_blocks=-1: 0 or more"),
+    ],
+)
+def test_wrong_options_under_torchrun(arguments, message, monkeypatch, capsys):
+    """Said by the first rank alone, before they meet."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in "0", "1":
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as stop:
+            bench.main(arguments)
+        assert stop.value.code == 2 and (message in capsys.readouterr().err) == (rank == "0")
