@@ -517,6 +517,11 @@ def measure_training(config, model, optimizer, row):
     return found
 
 
+def ranks_that_share(options, ranks, sequences):
+    """How many ranks share each sequence of a row: what --sp says, or as many as there are for each."""
+    return max(1, ranks // sequences) if options.sp is None else options.sp
+
+
 def least_recomputation(options, layers, needs):
     """The settings that compute least again and, by the estimate needs(settings) in bytes, leave an eighth of the GPU free. Those
     that were given stay, whether they fit or not."""
@@ -558,7 +563,7 @@ def training_section(options, config, results):
     say(f"of matmul means of {ceiling:.4g} TFLOP/s; communication: a profiled step's share in which only NCCL's kernels run")
     say_row(TRAINING)
     for sequences, S in options.rows:
-        n = options.sp or max(1, ranks // sequences)  # ranks that share a sequence
+        n = ranks_that_share(options, ranks, sequences)
         rows = max(1, sequences * n // ranks)  # a rank's sequences
         needs = functools.partial(peak, seq_len=S, sp=n, micro_batch=rows)
         settings = least_recomputation(options, config.num_hidden_layers, needs)
@@ -844,11 +849,13 @@ def measure(options, parser):
     if ranks:
         for sequences, S in options.rows:
             world = int(os.environ["WORLD_SIZE"])
-            n = world // min(sequences, world) if options.sp is None else options.sp
+            n = ranks_that_share(options, world, sequences)
             if n < 1 or world % n or S % n or S > K * K:
                 refuse(parser, f"{sequences}x{length(S)} at sp={n}: sp must divide the {world} ranks and the length, at most 1M")
             if options.sp is None and sequences % (world // n):
                 refuse(parser, f"{sequences}x{length(S)}: the sequences must divide among {world // n} groups of ranks")
+    if any(S < 2 for _, S in options.rows):
+        refuse(parser, "--rows: sequences have 2 tokens or more, because the last one has no target")
     if options.keep_blocks is not None and options.keep_blocks < 0:
         refuse(parser, f"--keep_blocks={options.keep_blocks}: 0 or more")
     if not ranks:

@@ -42,11 +42,11 @@ def hugging_face_fields(given, names, path):
     """What a Hugging Face gpt_oss config.json says of the fields `names`, which are OpenAI's. Before transformers 5 the rotary
     settings lay apart. ValueError for a model that model.py does not implement."""
     rope = given.get("rope_parameters") or {"rope_theta": given.get("rope_theta"), **(given.get("rope_scaling") or {})}
-    layers = given.get("num_hidden_layers") or 0
-    pattern = ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)]
+    layers, kinds = given.get("num_hidden_layers"), given.get("layer_types") or []
     implemented = {
         "model_type": (given["model_type"], "gpt_oss"),
-        "layer_types": (given.get("layer_types") or pattern, pattern),
+        "layer_types": (kinds, ["full_attention" if i % 2 else "sliding_attention" for i in range(len(kinds))]),
+        "number of layer_types": (len(kinds) or layers, layers),
         "tie_word_embeddings": (given.get("tie_word_embeddings", False), False),
         "attention_bias": (given.get("attention_bias", True), True),
         "hidden_act": (given.get("hidden_act", "silu"), "silu"),

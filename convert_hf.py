@@ -407,6 +407,8 @@ def export_checkpoint(run, out, mxfp4=False, dtype=None, tokenizer=None):
     if tokenizer and not tokenizer.is_dir():
         raise FileNotFoundError(f"--tokenizer {tokenizer}: no such folder")
     folder = run / "model" if (run / "model").is_dir() else run
+    if (folder / "metrics.jsonl").exists():
+        raise ValueError(f"{run}: this run has no model/ yet. train.py with --resume=true finishes it")
     config = GPTOSSConfig.from_json(folder / "config.json")
     places, problems = read_places(folder)
     if not any(name.startswith("blocks.") for name in places):

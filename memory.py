@@ -205,9 +205,9 @@ def estimate(
 
 def recomputed_flops(config, seq_len, recompute, keep_blocks):
     """FLOPs that the backward spends on a token to make again what the forward did not keep, beside config.flops_per_token."""
-    C, heads, kv = config.hidden_size, config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     layers = range(0 if recompute == "none" else max(config.num_hidden_layers - keep_blocks, 0))
-    # qkv, out, router, gate and up; nothing in the backward reads what the experts' down matrices returned
-    block = C * (heads + 2 * kv) + heads * C + C * config.num_experts + config.experts_per_token * C * 2 * config.intermediate_size
+    matrices = config.block_matrices()
+    block = sum(matrices.values()) - matrices["down"]  # nothing in the backward reads what the experts' down matrices returned
+    heads = config.num_attention_heads * config.head_dim
     again = [layer for layer in layers if recompute == "all" or config.window(layer) is not None]
     return 2 * block * len(layers) + 4 * heads * sum(config.keys(layer, seq_len) for layer in again)

@@ -91,9 +91,8 @@ class GPTOSSConfig:
     @classmethod
     def from_json(cls, path):
         """Read our config.json, OpenAI's original one or Hugging Face's. ValueError for a model this file does not implement."""
-        path = Path(path)
         try:
-            given = json.loads(path.read_text())
+            given = json.loads(Path(path).read_text())
         except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not a readable config.json ({error})") from None
         if not isinstance(given, dict):
@@ -104,10 +103,7 @@ class GPTOSSConfig:
         missing = names - given.keys() - {"max_position_embeddings", "rms_norm_eps"}  # OpenAI's original leaves these two out
         unknown = given.keys() - names
         if missing or unknown:
-            hint = (
-                f"; {path.parent} is a run's folder, its weights are in {path.parent / 'model'}" if "batch_size" in unknown else ""
-            )
-            raise ValueError(f"{path}: missing fields {sorted(missing)}, unknown fields {sorted(unknown)}{hint}")
+            raise ValueError(f"{path}: missing fields {sorted(missing)}, unknown fields {sorted(unknown)}")
         try:
             return cls(**given)
         except ValueError as error:
@@ -125,14 +121,24 @@ class GPTOSSConfig:
         w = min(self.window(layer) or seq_len, seq_len)
         return w - w * (w - 1) / 2 / seq_len  # the first w queries see 1 … w keys, the others w
 
+    def block_matrices(self):
+        """{name: weights} of the matrices that a token meets in a block."""
+        C, heads, kv = self.hidden_size, self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        experts = self.experts_per_token * C * self.intermediate_size
+        return {
+            "qkv": C * (heads + 2 * kv),
+            "out": heads * C,
+            "router": C * self.num_experts,
+            "gate_up": 2 * experts,
+            "down": experts,
+        }
+
     def flops_per_token(self, seq_len):
         """FLOPs that training spends on one token of a sequence of `seq_len`: forward and backward, nothing recomputed,
         active experts only, and only the keys that attention may see (Chowdhery et al., https://arxiv.org/abs/2204.02311)."""
-        C, heads, kv = self.hidden_size, self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        block = C * (heads + 2 * kv) + heads * C + C * self.num_experts  # qkv, out, router
-        block += self.experts_per_token * 3 * C * self.intermediate_size  # gate, up, down
-        matrices = self.num_hidden_layers * block + C * self.vocab_size
+        matrices = self.num_hidden_layers * sum(self.block_matrices().values()) + self.hidden_size * self.vocab_size
         keys = sum(self.keys(layer, seq_len) for layer in range(self.num_hidden_layers))
+        heads = self.num_attention_heads * self.head_dim
         return 6 * matrices + 3 * 4 * heads * keys  # a matrix: 2 forward, 4 backward; a key: scores and values
 
 
@@ -342,7 +348,7 @@ class CudnnSinkAttention(torch.autograd.Function):
             out, with_sink = fold_sinks(out, lse.view(out.shape[:3]), sinks)
             return out, with_sink.view(lse.shape), *rest
 
-        # once: just attend(), but when a recomputed block runs again what it returned before; see Recompute, below
+        # what attend() returns; when a recomputed block runs again, what it returned then: see Recompute, below
         out, lse, ctx.cum_q, ctx.cum_k, ctx.max_q, ctx.max_k, seed, offset, _ = once(attend)
         ctx.save_for_backward(q, k, v, sinks, out, lse, seed, offset)
         return out.transpose(1, 2)
@@ -459,7 +465,7 @@ def gather_sum(rows, where):
 def sort_by_expert(experts, num_experts):
     """experts (N, k), the choices of N tokens -> the R = N k choices sorted by expert: their numbers in experts.flatten(),
     their experts, the end of each expert's share (E); and for each choice its place among the sorted, (N, k)."""
-    expert, order = experts.flatten().short().sort(stable=True)  # a GPU sorts by 8 bits at a time: two passes, not eight
+    expert, order = experts.flatten().short().sort(stable=True)  # 16 bits are enough, and a GPU sorts 8 of them a pass
     expert = expert.long()
     ends = torch.searchsorted(expert, torch.arange(num_experts, device=expert.device), right=True, out_int32=True)
     where = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))

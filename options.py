@@ -176,6 +176,10 @@ def model_config(options):
     if sizes != dataclasses.asdict(GPTOSSConfig()):
         raise ValueError(f"checkpoint={options.checkpoint} brings its own sizes: leave those of the model alone")
     path = Path(options.checkpoint) / "config.json"
+    if (path.parent / "metrics.jsonl").exists():
+        raise ValueError(
+            f"checkpoint={options.checkpoint} is a run's folder: its weights, once it has ended, are in {path.parent / 'model'}"
+        )
     if not path.exists():
         raise ValueError(
             f"checkpoint={options.checkpoint}: {path} does not exist; convert_hf.py makes checkpoints/NAME, and a run's weights "
@@ -188,8 +192,8 @@ def check_ranks(options, config, ranks):
     """ValueError if the options do not divide among the ranks."""
     if ranks % (options.sp * options.replicas):
         raise ValueError(
-            f"sp={options.sp} times replicas={options.replicas} must divide the number of ranks, {ranks}: start that many by "
-            f"torchrun --nproc_per_node, or choose another --sp"
+            f"sp={options.sp} times replicas={options.replicas} must divide the number of ranks, {ranks}: start more "
+            "by torchrun --nproc_per_node, in a dry run by --ranks, or choose a smaller --sp"
         )
     rows = ranks // options.sp * options.micro_batch
     if options.batch_size % rows:

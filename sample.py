@@ -64,9 +64,8 @@ def draw(logits, temperature, top_p, generator=None):
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
 
-@torch.no_grad()
 def check_request(config, tokens, max_tokens, temperature, top_p):
-    """ValueError for what cannot be."""
+    """ValueError for a prompt or numbers that `generate` cannot work with."""
     context = config.max_position_embeddings
     if not 0 < len(tokens) < context:
         raise ValueError(f"a prompt of {len(tokens)} tokens: this model takes 1 to {context - 1}, and needs room to answer")
@@ -79,9 +78,10 @@ def check_request(config, tokens, max_tokens, temperature, top_p):
             raise ValueError(f"{name}={value}: max_tokens is 1 or more, temperature 0 or more, top_p in (0, 1]")
 
 
+@torch.no_grad()
 def generate(model, tokens, max_tokens, temperature=1.0, top_p=1.0, stop=(), generator=None, prompt_tokens=PROMPT_TOKENS):
     """Yield the tokens that follow the list `tokens`, one by one: at most `max_tokens` or what the context has room for, up to
-    one in `stop`, which is not yielded. `generator` is a torch.Generator on the model's device. ValueError for what cannot be."""
+    one in `stop`, which is not yielded. `generator` is a torch.Generator on the model's device. ValueError: see check_request."""
     check_request(model.config, tokens, max_tokens, temperature, top_p)
     max_tokens, device = min(max_tokens, model.config.max_position_embeddings - len(tokens)), model.embedding.weight.device
     cache = KeyValueCache(model.config, len(tokens) + max_tokens)

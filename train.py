@@ -344,7 +344,7 @@ def train(options):
         # the gradient of the mean over all counted targets of the step, whichever rank and micro-batch they are in
         start = time.perf_counter()
         batches = [data.rows(mine) for mine in my_rows(options, step * options.batch_size, options.batch_size)]
-        counted = sum((targets != IGNORED).sum() for _, targets, _ in batches) / options.sp  # by each rank of a group, whole rows
+        counted = sum((targets != IGNORED).sum() for _, targets, _ in batches) / options.sp  # all sp ranks count the same rows
         (count,) = all_sum(counted, device=device)
         loss, count = 0, torch.tensor(count, device=device)
         for batch in batches:
@@ -352,8 +352,8 @@ def train(options):
                 share = model(*to_model(batch, device), count=count)
             share.backward()
             loss += share.detach()
-        flops = sum(flops_of(config, documents) for _, _, documents in batches) / options.sp  # of a group of sp ranks, each
-        squares = gradient_norm_squared(model) / options.replicas  # all of which have the same gradients
+        flops = sum(flops_of(config, documents) for _, _, documents in batches) / options.sp
+        squares = gradient_norm_squared(model) / options.replicas  # all replicas have the same gradients
         loss, norm, flops, asked_to_stop = all_sum(loss, squares, flops, stop.asked, device=device)
         norm = math.sqrt(norm)
 

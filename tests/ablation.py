@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import bench  # noqa: E402
 import model as gptoss  # noqa: E402
 
-LEAVES = "rms_norm split_and_rotate fold_sinks sink_gradient swiglu swiglu_backward_ combine gather_sum"
-LEAVES = (LEAVES + " pick_logprobs logits_gradient_").split()  # all that is @fused, but for FlexAttention, which must be
+LEAVES = ["rms_norm", "split_and_rotate", "fold_sinks", "sink_gradient", "swiglu", "swiglu_backward_", "combine", "gather_sum"]
+LEAVES += ["pick_logprobs", "logits_gradient_"]  # all that is @fused, but for FlexAttention, which must be
 
 
 def experts_by_autograd(x, experts, weights, w1, b1, w2, b2, limit, keep_hidden):

@@ -319,6 +319,7 @@ def test_accuracy(dtype, run, monkeypatch):
         (["--rows=4Q"], "'4Q' is no list of lengths"),
         (["--layers=0"], "num_hidden_layers=0 must be a positive int"),
         (["--accuracy", "--against=transformers"], "--accuracy runs on one GPU"),
+        (["--accuracy", "--rows=1"], "2 tokens or more"),
         (["--rows=2x4K"], "start bench.py by torchrun"),
         (["--profile", "--accuracy"], "not allowed with"),
         (["--plot", "--out=nowhere"], "nowhere/bench.json does not exist: run bench.py first"),

@@ -579,6 +579,15 @@ def test_a_source_that_is_neither_folder_nor_hub_name(tmp_path, source):
         main([source, "--out", str(tmp_path / "ours")])
 
 
+def test_exporting_a_run_that_has_not_ended(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match="this run has no model/ yet"):
+        export_checkpoint(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_importing_a_converted_folder_and_exporting_a_foreign_one(tmp_path, whole):
     import_checkpoint(str(whole), tmp_path / "ours")
     with pytest.raises(ValueError, match="is it converted already"):

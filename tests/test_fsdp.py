@@ -82,15 +82,15 @@ def difference(actual, expected):
 def compare(cases, config, S, device_type):
     """[(name, {of what: relative error in fp32}, difference in bf16, difference of two roundings of the weights)]"""
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    device, rows = torch.device(device_type, dist.get_rank() if device_type == "cuda" else None), []
-    alone_in = {}
+    device = torch.device(device_type, dist.get_rank() if device_type == "cuda" else None)
+    rows, references = [], {}
     for name in cases:
         _, told, documents = CASES[name]
         inputs = [x if x is None else x.to(device) for x in whole_batch(config, dist.get_world_size(), S, documents)]
-        for dtype, rounding in (torch.float32, None), (torch.bfloat16, 1), (torch.bfloat16, 2):
-            if (dtype, rounding, documents) not in alone_in:
-                alone_in[dtype, rounding, documents] = alone(config, inputs, device, dtype, rounding)
-        exact, plain, other = (alone_in[key] for key in alone_in if key[2] == documents)
+        if documents not in references:
+            kinds = (torch.float32, None), (torch.bfloat16, 1), (torch.bfloat16, 2)
+            references[documents] = [alone(config, inputs, device, *kind) for kind in kinds]
+        exact, plain, other = references[documents]
         found = together(config, inputs, device, torch.float32, None, told)
         errors = {what: relative(found[what], exact[what]) for what in exact}
         in_bf16 = difference(together(config, inputs, device, torch.bfloat16, 1, told), plain)
@@ -98,7 +98,8 @@ def compare(cases, config, S, device_type):
     return rows
 
 
-def check(ranks, *arguments, **settings):
+def assert_ranks_equal_one(ranks, *arguments, **settings):
+    """Of all cases for so many ranks: print the differences, then assert that they are small."""
     rows, *_ = run_ranks(ranks, compare, [name for name in CASES if CASES[name][0] == ranks], *arguments, **settings)
     for name, errors, in_bf16, noise in rows:
         worst = max(errors, key=errors.get)
@@ -111,11 +112,11 @@ def check(ranks, *arguments, **settings):
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_every_gradient_is_that_of_one_rank(ranks):
-    check(ranks, SMALL, 24, "cpu")
+    assert_ranks_equal_one(ranks, SMALL, 24, "cpu")
 
 
 @pytest.mark.gpu
 def test_every_gradient_is_that_of_one_rank_at_the_20bs_layers():
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    check(2, TRUE, 4096, "cuda", backend="nccl", timeout=500)
+    assert_ranks_equal_one(2, TRUE, 4096, "cuda", backend="nccl", timeout=500)

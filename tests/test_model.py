@@ -672,6 +672,8 @@ def test_config_from_json(tmp_path):
         ({"attention_bias": False}, "attention_bias is False"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"layer_types": ["full_attention"] * 3}, "layer_types is"),
+        ({"layer_types": ["sliding_attention"]}, "number of layer_types is 1"),
+        ({"num_hidden_layers": 10**30}, "number of layer_types is 3"),  # and no list of that length is made
         ({"swiglu_alpha": 1.5}, "swiglu_alpha is 1.5"),
         ({"truncate": True}, "truncate is True"),
         ({"truncate": None}, "truncate is None"),  # where nothing is said transformers rounds

@@ -500,6 +500,14 @@ def ended(folder):
     shutil.copytree(folder / "runs/base", folder / "runs/ended", ignore=shutil.ignore_patterns("states"))
 
 
+def encoded_anew(folder):
+    shutil.copytree(folder / "runs/base", folder / "runs/anew")
+    for path in (folder / "runs/anew/states").glob("*/state.json"):
+        numbers = json.loads(path.read_text())
+        numbers["identity"]["tokens in data"] += 1
+        path.write_text(json.dumps(numbers))
+
+
 def run_folder_is_a_file(folder):
     (folder / "runs").mkdir(exist_ok=True)
     (folder / "runs/mine").write_text("")
@@ -577,7 +585,7 @@ BAD = {  # case: (arguments, what is prepared, what the message must say)
         CHECKPOINT, weights(rename_in_index('"embedding.w', '"model.embed_tokens.w')), "Hugging Face's layout", "convert_hf.py bad",
     ),
     "a run for a checkpoint": (
-        ["--checkpoint=runs/base", *CHECKPOINT[1:]], None, "unknown fields", "weights are in runs/base/model",
+        ["--checkpoint=runs/base", *CHECKPOINT[1:]], None, "is a run's folder", "are in runs/base/model",
     ),
     "sizes beside a checkpoint": ([*CHECKPOINT, "--hidden_size=64"], weights(lambda f: None), "checkpoint=bad", "leave those"),
     "checkpoint cut short": (CHECKPOINT, weights(truncate(FILE, 5000)), FILE, "unreadable"),
@@ -596,6 +604,9 @@ BAD = {  # case: (arguments, what is prepared, what the message must say)
     "a run that has ended for good": (["tiny.py", "--name=ended", "--resume=true"], ended, "kept no state", "--name=..."),
     "the run's folder is a file": (["tiny.py", "--name=mine"], run_folder_is_a_file, "runs/mine", "another --name"),
     "goes on with other data": ([*AGAIN, "--data=held-out"], None, "data was 'corpus'", "--name"),
+    "goes on with a corpus encoded anew": (
+        [*BASE, "--name=anew", "--resume=true"], encoded_anew, "tokens in data was", "--name",
+    ),
     "goes on with another batch": ([*AGAIN, "--batch_size=8"], None, "batch_size was 4 and is 8", "--name"),
     "goes on with another optimizer": ([*AGAIN, "--optimizer=split"], None, "optimizer was 'fp32'", "--name"),
     "goes on with another model": ([*AGAIN, "--hidden_size=64"], None, "hidden_size was 32", "--name"),
@@ -604,6 +615,10 @@ BAD = {  # case: (arguments, what is prepared, what the message must say)
 
 def files_in(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and "output-" not in path.name}
+
+
+def test_the_readme_counts_them():
+    assert f"{len(BAD)} kinds of bad input" in " ".join((ROOT / "README.md").read_text().split())
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -632,7 +647,7 @@ def test_bad_input_in_a_process_of_its_own(home):
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
         "error: sp=2 times replicas=1 must divide the number of ranks, 1: "
-        "start that many by torchrun --nproc_per_node, or choose another --sp\n"
+        "start more by torchrun --nproc_per_node, in a dry run by --ranks, or choose a smaller --sp\n"
     )
 
 

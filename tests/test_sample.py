@@ -60,6 +60,15 @@ def test_features_with_a_cache_equal_those_without(chunks):
     torch.testing.assert_close(torch.cat(parts, dim=1), model.features(tokens), rtol=0, atol=2e-5)
 
 
+def test_generation_keeps_no_graph(monkeypatch):
+    """Or the cache would hold every layer's activations of every token."""
+    model, drawn = noise_(GPTOSS(tiny_config())), []
+    features = model.features
+    monkeypatch.setattr(model, "features", lambda *args, **kwargs: drawn.append(features(*args, **kwargs)) or drawn[-1])
+    assert len(list(generate(model, [1, 2, 3], 4))) == len(drawn) == 4
+    assert not any(x.requires_grad for x in drawn)
+
+
 def test_a_cache_takes_no_documents():
     model = noise_(GPTOSS(tiny_config()))
     tokens = prompt_of(model.config, 9)
