@@ -8,6 +8,7 @@ that is 335 GB. `SplitAdamW` takes 10 and loses no update to the rounding of wei
 import functools
 
 import torch
+import torch.distributed as dist
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
 
@@ -64,7 +65,8 @@ class SplitAdamW(torch.optim.Optimizer):
             for p in group["params"]:
                 m, v, rest = torch.zeros_like(p), torch.zeros_like(p), torch.zeros_like(p, dtype=torch.int16)
                 self.state[p] = {"step": torch.zeros(()), "exp_avg": m, "exp_avg_sq": v, "rest": rest}
-        self.update = {"cpu": adamw, "cuda": torch.compile(adamw)}  # on a GPU one kernel, no temporaries
+        # on a GPU one kernel, no temporaries; the block size that the compiler would guess is a fifth slower on some tensors
+        self.update = {"cpu": adamw, "cuda": torch.compile(adamw, options={"max_autotune_pointwise": True})}
 
     @staticmethod
     def rows(t):
@@ -76,20 +78,50 @@ class SplitAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:
+        # Numbers are tensors, because the compiler makes a kernel for each value of a plain number; and all of them are there
+        # before the first kernel runs, because copying one to a GPU waits for what runs there.
+        updates, numbers = [], {}
+        for i, group in enumerate(self.param_groups):
             beta1, beta2 = group["betas"]
-            numbers = {}  # of each step count: as tensors, because the compiler makes a kernel for each value of a plain number
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                state = self.state[p]
-                state["step"] += 1
-                steps = state["step"].item()
-                tensors = [self.rows(t) for t in (p, state["rest"], p.grad, state["exp_avg"], state["exp_avg_sq"])]
-                if steps not in numbers:
+                self.state[p]["step"] += 1
+                steps = self.state[p]["step"].item()
+                if (i, steps) not in numbers:
                     values = [group["lr"], group["weight_decay"], 1 - beta1**steps, 1 - beta2**steps]
-                    numbers[steps] = torch.tensor(values, device=tensors[0].device).unbind()
-                self.update[p.device.type](*tensors, *numbers[steps], beta1, beta2, group["eps"])
+                    numbers[i, steps] = torch.tensor(values, device=p.device).unbind()
+                updates.append((p, numbers[i, steps], (beta1, beta2, group["eps"])))
+        for p, on_device, constants in updates:
+            state = self.state[p]
+            tensors = [self.rows(t) for t in (p, state["rest"], p.grad, state["exp_avg"], state["exp_avg_sq"])]
+            self.update[p.device.type](*tensors, *on_device, *constants)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Gradients
+
+
+class ReduceScatter:
+    """FSDP2's reduce-scatter, but the gradients it makes live in the memory of the stream that computes.
+
+    PyTorch never gives memory that one stream has freed to another. FSDP asks for the gradients on a stream of its own, so
+    in the next forward their memory could not hold activations: a GPU runs full, and waits while the allocator hands everything
+    that is free back to the driver, twice a step. For FSDPModule.set_custom_reduce_scatter, made on the stream that computes."""
+
+    def __init__(self):
+        self.stream = torch.cuda.current_stream()
+
+    def allocate(self, size, *, dtype, device):
+        asking = torch.cuda.current_stream()
+        with torch.cuda.stream(self.stream):
+            x = torch.empty(size, dtype=dtype, device=device)
+        if asking != self.stream:  # once freed, x may not be used again before that stream is done with it
+            x.record_stream(asking)
+        return x
+
+    def __call__(self, output_tensor, input_tensor, group, op, async_op=False):
+        return dist.reduce_scatter_tensor(output_tensor, input_tensor, op, group, async_op)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -164,6 +196,11 @@ def copy_stream():
 BYTES = {"fp32": (4, 4, 8), "split": (2, 2, 6), "bf16": (2, 2, 4)}  # of a parameter: weight, gradient, optimizer
 
 
+def adds_in_bf16(ranks, optimizer):
+    """Whether the ranks' gradients are added in bf16, not fp32: two numbers that end in bf16 are rounded once either way."""
+    return ranks <= 2 and optimizer != "fp32"
+
+
 def estimate(
     config, *, parameters, ranks, sp, replicas, seq_len, micro_batch, optimizer, recompute, offload, keep_blocks=0, micro_batches=1
 ):
@@ -172,14 +209,15 @@ def estimate(
 
     The backward frees what the forward kept, block by block, as it makes the gradients. The blocks that keep most are the last,
     and freed first, so in a step's first micro-batch only the larger of the two counts; in later ones the gradients are
-    there already."""
+    there already. Both count where gradients are added in fp32 and kept in bf16: FSDP makes that copy in memory of its own
+    stream (see ReduceScatter)."""
     C, F, V, L = config.hidden_size, config.intermediate_size, config.vocab_size, config.num_hidden_layers
     heads, kv = config.num_attention_heads * config.head_dim, max(config.num_key_value_heads, sp) * config.head_dim
     tokens = micro_batch * seq_len // sp
     block = (parameters - 2 * V * C - C) // L
     weight, gradient, moments = (size * parameters * replicas // ranks for size in BYTES[optimizer])
     # two blocks and the embeddings whole in bf16; a block's gradients whole in bf16, and once more as they are added up
-    gathered = 2 * (2 * block + 2 * V * C) + (2 + (2 if ranks == 2 and optimizer != "fp32" else 4)) * block
+    gathered = 2 * (2 * block + 2 * V * C) + (2 + (2 if adds_in_bf16(ranks, optimizer) else 4)) * block
     k = config.experts_per_token
     whole = L if recompute == "none" else min(keep_blocks, L)  # blocks of which everything is kept
     # x before and after both norms; q, k, v; attention's out, a second one after FlexAttention's sinks or the all-to-all, so on
@@ -194,10 +232,11 @@ def estimate(
     tiled = tokens > EXPERT_TOKENS  # then the weights' gradients are added up in fp32
     experts = 2 * min(tokens, EXPERT_TOKENS) * k * (4 * C + 6 * F) + (4 * block if tiled else 0)
     loss = LOSS_ROWS * V * 2 + V * C * (4 + 2) + 2 * tokens * C
+    both = micro_batches > 1 or not (optimizer == "fp32" or adds_in_bf16(ranks, optimizer))
     return {
         "weights": weight,
         "optimizer": moments,
-        "gradients, or activations kept for the backward": gradient + kept if micro_batches > 1 else max(gradient, kept),
+        "gradients, or activations kept for the backward": gradient + kept if both else max(gradient, kept),
         "gathered by FSDP": gathered,
         "working set": max(attention, experts, loss) + 4 * 2 * tokens * C,
     }

@@ -313,7 +313,10 @@ def block_mask(S, window, documents, device, block=128):
 def flex_sink_attention(q, k, v, sinks, mask):
     """FlexAttention, which makes a fused kernel of any mask. Shapes as in dense_attention, S = T."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # it wants (B, heads, S, D)
-    out, aux = flex_attention(q, k, v, block_mask=mask, enable_gqa=True, return_aux=AuxRequest(lse=True))
+    options = {"BACKEND": "TRITON"}  # not, for less than 128 queries, the kernel for decoding, which has no size for such a mask
+    out, aux = flex_attention(
+        q, k, v, block_mask=mask, enable_gqa=True, return_aux=AuxRequest(lse=True), kernel_options=options
+    )
     return apply_sinks(out, aux.lse, sinks).transpose(1, 2)
 
 

@@ -92,7 +92,7 @@ def gradients(model):
 def relative(actual, expected):
     """Norm of the difference over the norm of what is expected, in fp64."""
     assert actual.shape == expected.shape, f"{tuple(actual.shape)} and {tuple(expected.shape)}"
-    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    actual, expected = actual.detach().to(expected.device).double(), expected.detach().double()
     difference, norm = (actual - expected).norm().item(), expected.norm().item()
     return difference / norm if norm else float(difference != 0)
 

@@ -217,7 +217,7 @@ def test_training_on_two_ranks(tmp_path):
     ],
 )
 def test_least_recomputation(needs, chosen, monkeypatch):
-    """The first that leaves an eighth of 100 bytes; if none does, the smallest."""
+    """The first that leaves a twelfth of 100 bytes; if none does, the smallest."""
 
     def peak(recompute, keep_blocks, offload):
         return 20 + needs.get("keep_blocks", 0) * keep_blocks + needs.get(recompute, 0) + needs.get("all", 0) + 20 * (not offload)

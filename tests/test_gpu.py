@@ -6,6 +6,7 @@ A kernel in bf16 is right if it is as near to the definition in fp64 as the defi
 import functools
 import os
 from contextlib import nullcontext
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -30,7 +31,9 @@ import model as model_module
 import sp
 from memory import HostMemory, SplitAdamW, estimate, join
 from model import GPTOSS, CudnnSinkAttention, GPTOSSConfig, block_mask, cudnn_refuses, dense_attention, flex_sink_attention
+from options import Options
 from sample import generate
+from train import build_model
 
 pytestmark = pytest.mark.gpu
 CUDA, GIB = torch.device("cuda"), 2**30
@@ -80,7 +83,8 @@ def two_rows_of_documents(S):
 
 
 @pytest.mark.parametrize(
-    "S, window, documents", [(1000, None, False), (1000, 128, False), (1000, None, True), (300, 128, True), (512, 129, True)]
+    "S, window, documents",
+    [(1000, None, False), (1000, 128, False), (1000, None, True), (300, 128, True), (512, 129, True), (70, 16, True)],
 )
 def test_flex_attention(S, window, documents):
     documents = two_rows_of_documents(S) if documents else None
@@ -396,6 +400,29 @@ def test_deterministic_algorithms():
     (equal,) = run_ranks(1, twice_deterministic)
     assert len(equal) > 100
     assert all(equal.values()), [name for name, same in equal.items() if not same]
+
+
+def gradients_of_training():
+    """{(optimizer, name): the stream in whose memory the gradient lies}"""
+    found = {}
+    for optimizer in ("split", "fp32"):
+        options = Options(**asdict(small_config()), optimizer=optimizer, batch_size=1)
+        mesh = init_device_mesh("cuda", (1, 1), mesh_dim_names=("replica", "shard"))
+        model = build_model(options, small_config(), CUDA, mesh, torch.bfloat16)
+        tokens, targets = batch(small_config(), 1, 256)
+        model(tokens.to(CUDA), targets.to(CUDA)).backward()
+        segments = [(s["address"], s["address"] + s["total_size"], s["stream"]) for s in torch.cuda.memory_snapshot()]
+        for name, gradient in gradients(model).items():
+            place = gradient.to_local().data_ptr()
+            (found[optimizer, name],) = (stream for start, end, stream in segments if start <= place < end)
+    return found
+
+
+def test_gradients_lie_in_the_computations_memory():
+    """FSDP would have them in that of a stream of its own, where a forward cannot use what they leave."""
+    (found,) = run_ranks(1, gradients_of_training, backend="nccl")
+    assert len(found) > 50
+    assert set(found.values()) == {torch.cuda.current_stream().cuda_stream}
 
 
 NCCL_CASES = [(documents, kv_heads, "none", False) for documents in (False, True) for kv_heads in (1, 2)]
