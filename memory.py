@@ -103,21 +103,28 @@ class SplitAdamW(torch.optim.Optimizer):
 
 
 class ReduceScatter:
-    """FSDP2's reduce-scatter, but the gradients it makes live in the memory of the stream that computes.
+    """FSDP2's reduce-scatter for `module`, but the gradients it makes live in the memory of the stream that computes.
 
     PyTorch never gives memory that one stream has freed to another. FSDP asks for the gradients on a stream of its own, so
     in the next forward their memory could not hold activations: a GPU runs full, and waits while the allocator hands everything
-    that is free back to the driver, twice a step. For FSDPModule.set_custom_reduce_scatter, made on the stream that computes."""
+    that is free back to the driver, twice a step. On two H200s at 32K tokens a step is a fifth shorter so (docs/LOG.md).
 
-    def __init__(self):
-        self.stream = torch.cuda.current_stream()
+    For FSDPModule.set_custom_reduce_scatter. Made on the stream that will compute. FSDP's stream has just waited for that
+    one when it asks, so memory that the computation freed is free; but torch.empty may run no kernel there, as it does with
+    deterministic algorithms unless torch.utils.deterministic.fill_uninitialized_memory is off."""
+
+    def __init__(self, module, device):
+        self.module, self.stream = module, torch.cuda.current_stream() if device.type == "cuda" else None
+
+    def makes_the_gradient(self):
+        """Or something that is added to the gradient of earlier micro-batches, and soon freed."""
+        return next(self.module.parameters()).grad is None
 
     def allocate(self, size, *, dtype, device):
-        asking = torch.cuda.current_stream()
-        with torch.cuda.stream(self.stream):
+        with torch.cuda.stream(self.stream if self.makes_the_gradient() else None):
             x = torch.empty(size, dtype=dtype, device=device)
-        if asking != self.stream:  # once freed, x may not be used again before that stream is done with it
-            x.record_stream(asking)
+        if x.is_cuda:
+            x.record_stream(torch.cuda.current_stream())  # once freed it is not used again before FSDP's stream is done with it
         return x
 
     def __call__(self, output_tensor, input_tensor, group, op, async_op=False):
@@ -197,20 +204,21 @@ BYTES = {"fp32": (4, 4, 8), "split": (2, 2, 6), "bf16": (2, 2, 4)}  # of a param
 
 
 def adds_in_bf16(ranks, optimizer):
-    """Whether the ranks' gradients are added in bf16, not fp32: two numbers that end in bf16 are rounded once either way."""
+    """Whether the ranks' gradients are added in bf16, not fp32: of two numbers, kept in bf16, the sum is rounded once either
+    way, and half as much is sent."""
     return ranks <= 2 and optimizer != "fp32"
 
 
 def estimate(
     config, *, parameters, ranks, sp, replicas, seq_len, micro_batch, optimizer, recompute, offload, keep_blocks=0, micro_batches=1
 ):
-    """Peak memory of one rank in training: {what for: bytes}, which add up to the peak. Counted by hand from model.py, for a
+    """Memory that one rank needs in training: {what for: bytes}, which add up to the peak. Counted by hand from model.py, for a
     computation in bf16.
 
     The backward frees what the forward kept, block by block, as it makes the gradients. The blocks that keep most are the last,
     and freed first, so in a step's first micro-batch only the larger of the two counts; in later ones the gradients are
-    there already. Both count where gradients are added in fp32 and kept in bf16: FSDP makes that copy in memory of its own
-    stream (see ReduceScatter)."""
+    there already. Both count where gradients are added in fp32 and kept in bf16, because FSDP makes that copy in memory of its
+    own stream, as ReduceScatter explains: there the allocator needs more than it hands out."""
     C, F, V, L = config.hidden_size, config.intermediate_size, config.vocab_size, config.num_hidden_layers
     heads, kv = config.num_attention_heads * config.head_dim, max(config.num_key_value_heads, sp) * config.head_dim
     tokens = micro_batch * seq_len // sp
@@ -218,6 +226,9 @@ def estimate(
     weight, gradient, moments = (size * parameters * replicas // ranks for size in BYTES[optimizer])
     # two blocks and the embeddings whole in bf16; a block's gradients whole in bf16, and once more as they are added up
     gathered = 2 * (2 * block + 2 * V * C) + (2 + (2 if adds_in_bf16(ranks, optimizer) else 4)) * block
+    copied = optimizer != "fp32" and not adds_in_bf16(ranks, optimizer)  # a gradient, from the dtype it was added in
+    if replicas > 1 and (copied or micro_batches > 1):  # sums of all blocks, held until the replicas have added them
+        gathered += (2 if adds_in_bf16(ranks, optimizer) else 4) * parameters * replicas // ranks
     k = config.experts_per_token
     whole = L if recompute == "none" else min(keep_blocks, L)  # blocks of which everything is kept
     # x before and after both norms; q, k, v; attention's out, a second one after FlexAttention's sinks or the all-to-all, so on
@@ -232,11 +243,11 @@ def estimate(
     tiled = tokens > EXPERT_TOKENS  # then the weights' gradients are added up in fp32
     experts = 2 * min(tokens, EXPERT_TOKENS) * k * (4 * C + 6 * F) + (4 * block if tiled else 0)
     loss = LOSS_ROWS * V * 2 + V * C * (4 + 2) + 2 * tokens * C
-    both = micro_batches > 1 or not (optimizer == "fp32" or adds_in_bf16(ranks, optimizer))
+    both = micro_batches > 1 or copied
     return {
         "weights": weight,
         "optimizer": moments,
-        "gradients, or activations kept for the backward": gradient + kept if both else max(gradient, kept),
+        "gradients, kept activations": gradient + kept if both else max(gradient, kept),
         "gathered by FSDP": gathered,
         "working set": max(attention, experts, loss) + 4 * 2 * tokens * C,
     }

@@ -153,6 +153,11 @@ def say(message):
         print(message, flush=True)
 
 
+# One compiled function serves all lengths, but needs a variant for each kind of mask, dtype, one row or several, with gradients or
+# without: FlexAttention more than the 8 that PyTorch allows in a process.
+torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+
+
 def fused(function):
     """Compile `function` for a GPU, where it becomes one kernel or two instead of one an operation; a CPU runs it as written.
 
@@ -313,7 +318,7 @@ def block_mask(S, window, documents, device, block=128):
 def flex_sink_attention(q, k, v, sinks, mask):
     """FlexAttention, which makes a fused kernel of any mask. Shapes as in dense_attention, S = T."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # it wants (B, heads, S, D)
-    options = {"BACKEND": "TRITON"}  # not, for less than 128 queries, the kernel for decoding, which has no size for such a mask
+    options = {"BACKEND": "TRITON"}  # or for less than 128 queries PyTorch takes its decoding kernel, which fails with our masks
     out, aux = flex_attention(
         q, k, v, block_mask=mask, enable_gqa=True, return_aux=AuxRequest(lse=True), kernel_options=options
     )

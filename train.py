@@ -61,18 +61,18 @@ def build_model(options, config, device, mesh, dtype):
     """The model: built without memory, sharded, given memory, filled; no rank ever holds all of it."""
     with torch.device("meta"):
         model = GPTOSS(config, options.recompute, options.keep_blocks)
-    # gradients add up in fp32; but two ranks' in bf16 where that is the same, and half as much to send
+    stored = torch.float32 if options.optimizer == "fp32" else torch.bfloat16
     in_bf16 = dtype == torch.bfloat16 and adds_in_bf16(mesh.size(), options.optimizer)
     reduce_dtype = torch.bfloat16 if in_bf16 else torch.float32
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)  # rotary tables: fp32
     mesh = mesh if options.replicas > 1 else mesh["shard"]
-    model = model.to(torch.float32 if options.optimizer == "fp32" else torch.bfloat16)
+    model = model.to(stored)
     for module in [*model.blocks, model]:
         fully_shard(module, mesh=mesh, mp_policy=policy)
         module.set_gradient_divide_factor(1.0)  # the loss is divided by the global count of targets: gradients just add up
         module.set_force_sum_reduction_for_comms(True)  # FSDP would ask for NCCL's scaled sum, which gloo does not have
-        if device.type == "cuda":  # so that the gradients' memory serves the next forward
-            module.set_custom_reduce_scatter(ReduceScatter())
+        if reduce_dtype == stored:  # the sums are the gradients: let their memory serve the next forward
+            module.set_custom_reduce_scatter(ReduceScatter(module, device))
     model.to_empty(device=device)
     if options.checkpoint:
         load_weights(model, options.checkpoint)
@@ -288,7 +288,7 @@ def format_line(v):
     if "peak_gib" in v:
         parts.append(f"{v['peak_gib']:.1f} GiB")
     if v.get("alloc_retries"):
-        parts.append(f"memory nearly full: {v['alloc_retries']} allocations had to wait")
+        parts.append(f"memory nearly full, {v['alloc_retries']} stops so far")
     parts += [f"load {v['expert_load']:.2f}", f"eta {timedelta(seconds=round(v['eta_s']))}"]
     return " | ".join(parts)
 
@@ -386,8 +386,7 @@ def train(options):
             values["mfu"] = flops / seconds / ranks / peak
         if device.type == "cuda":
             values["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-            values["alloc_retries"] = torch.cuda.memory_stats()["num_alloc_retries"]  # each stops the GPU for a while
-            torch.cuda.reset_accumulated_memory_stats()
+            values["alloc_retries"] = torch.cuda.memory_stats()["num_alloc_retries"]  # so far; each stops the GPU for a while
         step += 1
         last = step == options.steps or asked_to_stop > 0
         if step % options.log_every == 0 or last:

@@ -68,6 +68,11 @@ def test_floor_by_hand():
     expected = {"qkv": 1.048576 * 6, "out": 0.524288 * 6, "gate_up": 2.097152 * 6, "down": 1.048576 * 6}
     expected |= {"unembedding": 2.097152 * 5, "causal": 0.135168 * 6, "window": 0.100352 * 6}
     assert bench.floor(bench.TINY, 32, slow) == pytest.approx(expected)
+    once = bench.floor(bench.TINY, 32, slow, bench.AGAIN["none"])
+    assert once == pytest.approx(expected | {n: expected[n] * 5 / 6 for n in ("qkv", "out", "gate_up", "down")})
+    attention, everything = (bench.floor(bench.TINY, 32, slow, bench.AGAIN[kind]) for kind in ("attention", "all"))
+    assert attention == pytest.approx({**expected, "down": 1.048576 * 5, "window": 0.100352 * 7})
+    assert everything == pytest.approx({**attention, "causal": 0.135168 * 7})
 
 
 def test_floor_of_the_20b_at_32k():
@@ -177,6 +182,7 @@ def test_rows_floor_and_plot(run, tmp_path):
         if row["model"] == "ours":
             assert row["recompute"] == "none" and row["floor"] == pytest.approx(bench.floor(config, row["tokens"], rates))
             assert row["distance"] == pytest.approx(row["seconds"] / sum(row["floor"].values())) and row["distance"] > 0.5
+            assert row["own_distance"] > row["distance"], "nothing is recomputed"
     for ours, theirs in zip(results["rows"][:2], results["rows"][2:]):
         assert theirs["ours_faster"] == pytest.approx(theirs["seconds"] / ours["seconds"])
         assert f"{theirs['ours_faster']:.2f}\n" in printed

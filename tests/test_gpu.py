@@ -304,7 +304,7 @@ def test_kept_blocks_keep_what_is_estimated():
             kept[blocks] = torch.cuda.memory_allocated() - before
             del loss
         needs = estimate(config, parameters=1_000_000, recompute="all", keep_blocks=blocks, **run)
-        estimated[blocks] = needs["gradients, or activations kept for the backward"]
+        estimated[blocks] = needs["gradients, kept activations"]
     assert kept[2] - kept[0] == pytest.approx(estimated[2] - estimated[0], rel=0.03)
 
 

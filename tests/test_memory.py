@@ -177,7 +177,7 @@ RUN = {
     "recompute": "all",
     "offload": False,
 }
-KEPT = "gradients, or activations kept for the backward"  # of which there is mostly never all of both
+KEPT = "gradients, kept activations"  # usually the larger of the two, for they are not there at the same time
 
 
 def needs(parameters=1_000_000, **changes):
@@ -216,10 +216,22 @@ def test_what_is_kept_for_the_backward():
     assert kept(keep_blocks=4, sp=1) == 4 * alone
 
 
+def gathered(ranks, kind, **changes):
+    return needs(ranks=ranks, sp=1, optimizer=kind, **changes)["gathered by FSDP"]
+
+
 def test_two_ranks_add_gradients_in_bf16():
     """2 bytes a number instead of 4, unless the gradients are kept in fp32."""
-    gathered = {(ranks, kind): needs(ranks=ranks, sp=1, optimizer=kind)["gathered by FSDP"] for ranks in (2, 4) for kind in BYTES}
-    assert gathered[2, "split"] == gathered[2, "bf16"] < gathered[2, "fp32"] == gathered[4, "split"] == gathered[4, "fp32"]
+    of = {(ranks, kind): gathered(ranks, kind) for ranks in (1, 2, 4) for kind in BYTES}
+    assert of[1, "split"] == of[2, "split"] == of[2, "bf16"] < of[2, "fp32"] == of[4, "split"] == of[4, "fp32"]
+
+
+def test_replicas_wait_for_each_other():
+    """FSDP holds the sums of all blocks, this rank's share of them in fp32, until the replicas' are added; but not those that
+    are the gradients themselves."""
+    held = 4 * 1_000_000 * 2 // 8
+    for kind, micro_batches, more in (("fp32", 1, 0), ("fp32", 2, held), ("split", 1, held), ("split", 2, held)):
+        assert gathered(8, kind, replicas=2, micro_batches=micro_batches) - gathered(8, kind, micro_batches=micro_batches) == more
 
 
 def test_longer_sequences_need_more_of_what_they_fill():

@@ -1,5 +1,6 @@
 """model.py on a CPU: against transformers' GPT-OSS in fp32, and its parts against plain definitions in fp64."""
 
+import itertools
 import json
 import math
 import os
@@ -259,6 +260,27 @@ def test_dense_attention_of_the_last_queries():
     documents = torch.stack([packed([9, 14], [1, 0]), packed([21, 2], [0, 4])])
     for mask in ({}, {"window": 5}, {"documents": documents}, {"window": 3, "documents": documents}):
         torch.testing.assert_close(dense_attention(q[:, -4:], k, v, sinks, **mask), dense_attention(q, k, v, sinks, **mask)[:, -4:])
+
+
+@torch.no_grad()
+def test_flex_attention_stays_below_the_recompile_limit():
+    """FlexAttention as on a GPU, but for the code that is made, in a session in which no two calls are alike: the compiler's
+    limit is not reached, which with fullgraph is an error, and from some point on nothing is compiled."""
+    torch._dynamo.reset()
+    attention = torch.compile(model_module.flex_sink_attention.__wrapped__, fullgraph=True, backend="aot_eager")
+    stats = torch._dynamo.utils.counters["stats"]
+
+    def session(lengths):
+        for dtype, B, S, window in itertools.product((torch.float32, torch.bfloat16), (1, 2, 3), lengths, (16, None)):
+            q, k, v = (torch.randn(B, S, heads, 16, dtype=dtype) for heads in (4, 2, 2))
+            out = attention(q, k, v, torch.zeros(4), block_mask(S, window, None, q.device))
+            assert relative(out, dense_attention(q, k, v, torch.zeros(4), window)) < (1e-6 if dtype == torch.float32 else 1e-2)
+        return stats["unique_graphs"]
+
+    before = stats["unique_graphs"]
+    compiled = session([130, 200, 70, 300, 31])
+    assert compiled - before > 8
+    assert session([150, 257, 90, 511]) == compiled
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

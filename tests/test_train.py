@@ -95,7 +95,7 @@ def sharded_gradients(ranks, optimizer, in_fp32):
     mesh = init_device_mesh("cpu", (1, ranks), mesh_dim_names=("replica", "shard"))
 
     def policy(**settings):
-        assert settings["reduce_dtype"] == (torch.bfloat16 if (ranks, optimizer) == (2, "split") else torch.float32)
+        assert settings["reduce_dtype"] == (torch.bfloat16 if ranks <= 2 and optimizer == "split" else torch.float32)
         return MixedPrecisionPolicy(**settings | ({"reduce_dtype": torch.float32} if in_fp32 else {}))
 
     with pytest.MonkeyPatch.context() as patch:
@@ -107,11 +107,41 @@ def sharded_gradients(ranks, optimizer, in_fp32):
     return {name: p.grad.full_tensor() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("ranks, optimizer", [(2, "split"), (4, "split"), (2, "fp32")])
+@pytest.mark.parametrize("ranks, optimizer", [(1, "split"), (2, "split"), (4, "split"), (2, "fp32")])
 def test_bf16_sums_are_as_exact_as_fp32_ones(ranks, optimizer):
     found, expected = (run_ranks(ranks, sharded_gradients, ranks, optimizer, in_fp32)[0] for in_fp32 in (False, True))
     assert {g.dtype for g in found.values()} == {torch.float32 if optimizer == "fp32" else torch.bfloat16}
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def questions_of_the_reduce_scatter(optimizer):
+    """For each of three micro-batches, of which the third follows an update, whether its sums became the gradients."""
+    config, ranks = tiny_config(hidden_size=24, intermediate_size=16), dist.get_world_size()
+    options = Options(**dataclasses.asdict(config), batch_size=ranks, optimizer=optimizer)
+    mesh = init_device_mesh("cpu", (1, ranks), mesh_dim_names=("replica", "shard"))
+    model, answers = loop.build_model(options, config, torch.device("cpu"), mesh, torch.bfloat16), []
+
+    def allocate(self, *args, **kwargs):
+        answers[-1].add(self.makes_the_gradient())
+        return original(self, *args, **kwargs)
+
+    original = loop.ReduceScatter.allocate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.ReduceScatter, "allocate", allocate)
+        for follows_an_update in (False, False, True):
+            if follows_an_update:
+                model.zero_grad()
+            answers.append(set())
+            model(*batch(config, 1, 16)).backward()
+    return answers
+
+
+@pytest.mark.parametrize("ranks, optimizer", [(1, "split"), (2, "split"), (4, "split"), (2, "fp32")])
+def test_whose_memory_gradients_take(ranks, optimizer):
+    """The computation's, for what becomes a gradient as it is. FSDP's own for what is added to one or copied to another dtype."""
+    copied = (ranks, optimizer) == (4, "split")
+    for answers in run_ranks(ranks, questions_of_the_reduce_scatter, optimizer):
+        assert answers == ([set()] * 3 if copied else [{True}, {False}, {True}])
 
 
 def test_first_step_against_the_model_alone(home, printed):
