@@ -1,4 +1,5 @@
-"""What makes a large model fit: Adam in ten bytes a parameter, layer inputs in host memory, and the arithmetic before a run.
+"""What makes a large model fit: Adam in ten bytes a parameter, gradients in memory that activations can use too, layer inputs in
+host memory, and the arithmetic before a run.
 
 Training with an fp32 master copy and fp32 moments takes 16 bytes a parameter: weight 4, gradient 4, moments 8. For gpt-oss-20b
 that is 335 GB. `SplitAdamW` takes 10 and loses no update to the rounding of weights: 2 bf16 weight, 2 the rest of the fp32 master,

@@ -213,6 +213,8 @@ def test_metrics_and_lines(home, printed):
         assert row["tokens_per_s_per_rank"] == pytest.approx(row["tokens_per_s"] / 2)
         assert row["eta_s"] == pytest.approx(row["ms"] / 1000 * (49 - row["step"]))
         assert row["expert_load"] >= 1
+    assert "memory nearly full, 3 stops so far" in loop.format_line(rows[0] | {"alloc_retries": 3})
+    assert "memory" not in loop.format_line(rows[0] | {"alloc_retries": 0})
     assert "step 49 | held out" in printed["two"]
     assert "128 tokens a step = 2 micro-batches x 2 groups of sp 1 x 1 rows x 32 tokens" in printed["two"]
 
