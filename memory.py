@@ -108,7 +108,7 @@ class ReduceScatter:
 
     PyTorch never gives memory that one stream has freed to another. FSDP asks for the gradients on a stream of its own, so
     in the next forward their memory could not hold activations: a GPU runs full, and waits while the allocator hands everything
-    that is free back to the driver, twice a step. On two H200s at 32K tokens a step is a fifth shorter so (docs/LOG.md).
+    that is free back to the driver, twice a step. Seen on two H200s, where it took a fifth of a step: docs/LOG.md, 2026-11-24.
 
     For FSDPModule.set_custom_reduce_scatter. Made on the stream that will compute. FSDP's stream has just waited for that
     one when it asks, so memory that the computation freed is free; but torch.empty may run no kernel there, as it does with
@@ -227,7 +227,7 @@ def estimate(
     weight, gradient, moments = (size * parameters * replicas // ranks for size in BYTES[optimizer])
     # two blocks and the embeddings whole in bf16; a block's gradients whole in bf16, and once more as they are added up
     gathered = 2 * (2 * block + 2 * V * C) + (2 + (2 if adds_in_bf16(ranks, optimizer) else 4)) * block
-    copied = optimizer != "fp32" and not adds_in_bf16(ranks, optimizer)  # a gradient, from the dtype it was added in
+    copied = optimizer != "fp32" and not adds_in_bf16(ranks, optimizer)  # gradients, to the dtype they are kept in
     if replicas > 1 and (copied or micro_batches > 1):  # sums of all blocks, held until the replicas have added them
         gathered += (2 if adds_in_bf16(ranks, optimizer) else 4) * parameters * replicas // ranks
     k = config.experts_per_token

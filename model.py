@@ -154,7 +154,7 @@ def say(message):
 
 
 # One compiled function serves all lengths, but needs a variant for each kind of mask, dtype, one row or several, with gradients or
-# without: FlexAttention more than the 8 that PyTorch allows in a process.
+# without: FlexAttention more than the 8 that PyTorch allows. The setting is the whole process's.
 torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
 
 
@@ -319,9 +319,7 @@ def flex_sink_attention(q, k, v, sinks, mask):
     """FlexAttention, which makes a fused kernel of any mask. Shapes as in dense_attention, S = T."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # it wants (B, heads, S, D)
     options = {"BACKEND": "TRITON"}  # or for less than 128 queries PyTorch takes its decoding kernel, which fails with our masks
-    out, aux = flex_attention(
-        q, k, v, block_mask=mask, enable_gqa=True, return_aux=AuxRequest(lse=True), kernel_options=options
-    )
+    out, aux = flex_attention(q, k, v, block_mask=mask, enable_gqa=True, return_aux=AuxRequest(lse=True), kernel_options=options)
     return apply_sinks(out, aux.lse, sinks).transpose(1, 2)
 
 
