@@ -129,7 +129,8 @@ class ReduceScatter:
         return x
 
     def __call__(self, output_tensor, input_tensor, group, op, async_op=False):
-        return dist.reduce_scatter_tensor(output_tensor, input_tensor, op, group, async_op)
+        reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # its name before PyTorch 2.13
+        return reduce_scatter(output_tensor, input_tensor, op, group, async_op)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -86,7 +86,7 @@ def difference(actual, expected):
 
 
 def compare(cases, config, S, device_type):
-    """[(name, {of what: relative error in fp32}, difference in bf16, difference of two roundings of the weights)]"""
+    """[(name, {of what: relative error in fp32}, difference in bf16, difference of two roundings of the weights)], printed too"""
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     device = torch.device(device_type, dist.get_rank() if device_type == "cuda" else None)
     rows, references = [], {}
@@ -101,15 +101,16 @@ def compare(cases, config, S, device_type):
         errors = {what: relative(found[what], exact[what]) for what in exact}
         in_bf16 = difference(together(config, inputs, device, torch.bfloat16, 1, told), plain)
         rows.append((name, errors, in_bf16, difference(other, plain)))
+        if dist.get_rank() == 0:
+            worst = max(errors, key=errors.get)
+            roundings = f"two roundings of the weights {rows[-1][-1]:.1e}"
+            print(f"{name}: fp32 {errors[worst]:.1e} ({worst}); bf16 {in_bf16:.1e}, {roundings}", flush=True)
     return rows
 
 
 def assert_ranks_equal_one(ranks, *arguments, **settings):
-    """Of all cases for so many ranks: print the differences, then assert that they are small."""
+    """Of all cases for so many ranks."""
     rows, *_ = run_ranks(ranks, compare, [name for name in CASES if CASES[name][0] == ranks], *arguments, **settings)
-    for name, errors, in_bf16, noise in rows:
-        worst = max(errors, key=errors.get)
-        print(f"{name}: fp32 {errors[worst]:.1e} ({worst}); bf16 {in_bf16:.1e}, two roundings of the weights {noise:.1e}")
     for name, errors, in_bf16, noise in rows:
         wrong = {what: error for what, error in errors.items() if not error <= 1e-5}
         assert not wrong, f"{name}: {wrong}"

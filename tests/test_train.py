@@ -216,6 +216,7 @@ def test_metrics_and_lines(home, printed):
     assert "memory nearly full, 3 stops so far" in loop.format_line(rows[0] | {"alloc_retries": 3})
     assert "memory" not in loop.format_line(rows[0] | {"alloc_retries": 0})
     assert "step 49 | held out" in printed["two"]
+    assert not [line for output in printed.values() for line in output.splitlines() if "Warning" in line]
     assert "128 tokens a step = 2 micro-batches x 2 groups of sp 1 x 1 rows x 32 tokens" in printed["two"]
 
 
