@@ -1,8 +1,10 @@
 """The model as train.py runs it on several ranks, FSDP2 and Ulysses together, against the plain model on one: every gradient.
 
 On CPU ranks with small sizes; on two GPUs with the 20b's layers, over NCCL, compiled, recomputed, offloaded. There
-`pytest -s -m gpu tests/test_fsdp.py` prints the differences. What bf16 may differ by is measured: a quarter of the difference
-that it makes to round the weights to bf16 another way. Rotary tables that FSDP casts to bf16 make about three quarters of it.
+`pytest -s -m gpu tests/test_fsdp.py` prints the differences; it compiles for some six minutes. What bf16 may differ by is measured
+against the difference that it makes to round the weights to bf16 another way: a quarter of it on a CPU, where rotary tables
+that FSDP casts to bf16 make about three quarters. On a GPU all of it: there the number of rows decides which matmul kernel
+runs, kernels round differently, and a few tokens of thousands go to other experts. Each makes a hundredth: docs/LOG.md, 2026-11-25.
 """
 
 from contextlib import nullcontext
@@ -111,22 +113,22 @@ def compare(cases, config, S, device_type):
     return rows
 
 
-def assert_ranks_equal_one(ranks, *arguments, **settings):
-    """Of all cases for so many ranks."""
+def assert_ranks_equal_one(share, ranks, *arguments, **settings):
+    """Of all cases for so many ranks. In bf16 they may differ by this share of what two roundings of the weights do."""
     rows, *_ = run_ranks(ranks, compare, [name for name in CASES if CASES[name][0] == ranks], *arguments, **settings)
     for name, errors, in_bf16, noise in rows:
         wrong = {what: error for what, error in errors.items() if not error <= 1e-5}
         assert not wrong, f"{name}: {wrong}"
-        assert in_bf16 <= noise / 4, f"{name}: {in_bf16:.1e}, two roundings of the weights {noise:.1e}"
+        assert in_bf16 <= share * noise, f"{name}: {in_bf16:.1e}, two roundings of the weights {noise:.1e}"
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_every_gradient_is_that_of_one_rank(ranks):
-    assert_ranks_equal_one(ranks, SMALL, 24, "cpu")
+    assert_ranks_equal_one(1 / 4, ranks, SMALL, 24, "cpu")
 
 
 @pytest.mark.gpu
 def test_every_gradient_is_that_of_one_rank_at_the_20bs_layers():
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    assert_ranks_equal_one(2, TRUE, 4096, "cuda", backend="nccl", timeout=500)
+    assert_ranks_equal_one(1, 2, TRUE, 4096, "cuda", backend="nccl", timeout=900)
