@@ -1,6 +1,7 @@
 """What keeps a long run safe, each called by its name in train.py: it stops politely, it has its folder to itself, and when one
 rank fails they all end, with one message."""
 
+import atexit
 import fcntl
 import math
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+PULSE = 1  # seconds from beat to beat
 ROLL_CALL = 4  # seconds in which a rank that lives has a pulse
 
 
@@ -124,15 +126,21 @@ def pulse_key(rank):
 
 def keep_pulse():
     """Count in the store, once a second, from a thread that runs whatever the others wait for."""
+    ended = threading.Event()
 
     def beat(store, key):
         with suppress(RuntimeError):  # there is no store any more
-            while True:
+            while not ended.wait(PULSE):
                 store.add(key, 1)
-                time.sleep(1)
+
+    def end():
+        ended.set()
+        thread.join(ROLL_CALL)
 
     if store := torchrun_store():
-        threading.Thread(target=beat, args=(store, pulse_key(dist.get_rank())), daemon=True).start()
+        thread = threading.Thread(target=beat, args=(store, pulse_key(dist.get_rank())), daemon=True)
+        thread.start()
+        atexit.register(end)  # Python would stop the thread within PyTorch's C++, which aborts the process
 
 
 def describe_lost(store):

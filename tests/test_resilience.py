@@ -13,10 +13,12 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
@@ -241,6 +243,29 @@ def test_an_error_on_one_rank_ends_the_others(home):
     start = time.monotonic()
     assert run.wait() == [1, 1] and time.monotonic() - start < 30
     assert run.text().count("ZeroDivisionError") == 1 and run.text().count("Traceback") == 1
+
+
+END_WHILE_THE_PULSE_BEATS = """
+import time, guards, torch.distributed as dist
+from datetime import timedelta
+dist.init_process_group("gloo", timeout=timedelta(seconds=30), **guards.meeting_point(30))
+guards.PULSE = 0  # all the time
+guards.keep_pulse()
+began = time.monotonic()
+while time.monotonic() < began + 0.3:
+    pass
+dist.destroy_process_group()
+"""
+
+
+def test_a_rank_that_is_done_ends_well():
+    """A thread that Python stopped inside PyTorch's store would abort it: now and then a good run ended in torchrun's traceback."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+    where = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    where |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run([sys.executable, "-c", END_WHILE_THE_PULSE_BEATS], env=NO_GPU | where, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert store.add("pulse/0/0", 0) > 10
 
 
 def torchrun(home, *arguments, port=None, nodes=1):
