@@ -125,7 +125,7 @@ def pulse_key(rank):
 
 
 def keep_pulse():
-    """Count in the store, once a second, from a thread that runs whatever the others wait for."""
+    """Count in the store, every PULSE seconds, from a thread that runs whatever the others wait for."""
     ended = threading.Event()
 
     def beat(store, key):
@@ -135,12 +135,12 @@ def keep_pulse():
 
     def end():
         ended.set()
-        thread.join(ROLL_CALL)
+        thread.join(ROLL_CALL)  # no longer, should the store hang
 
     if store := torchrun_store():
         thread = threading.Thread(target=beat, args=(store, pulse_key(dist.get_rank())), daemon=True)
         thread.start()
-        atexit.register(end)  # Python would stop the thread within PyTorch's C++, which aborts the process
+        atexit.register(end)  # or Python, as it ends, stops the thread inside PyTorch's C++, which aborts the process
 
 
 def describe_lost(store):

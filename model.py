@@ -8,8 +8,9 @@ https://arxiv.org/abs/2508.10925. Where we differ: experts' matrices are (in, ou
 interleaved (convert_hf.py reorders them); and rotary tables, sinks, the router's logits and the experts' activation, weighting
 and sum are computed in fp32.
 
-What is written for speed says what it gains, as how much longer a step of 8K or 32K tokens takes the usual way: six of the 20b's
-layers, on an H100 (`python tests/ablation.py`; docs/LOG.md, 2026-11-25).
+What is written for speed says what it gains: how much longer forward and backward of 8K or 32K tokens take the usual way, with six
+of the 20b's layers (`python tests/ablation.py`; docs/LOG.md, 2026-11-25). That was on an H100 at half its speed: take the size, not
+the digits. With all 24 layers the gains in the loss are about a third as large.
 
 Letters in shapes:
     B sequences    S tokens of each: this rank's, but inside attention the whole sequence's (s and S where both occur)
@@ -35,8 +36,8 @@ import sp
 from checkpoint import copy_rows, first_rank, hugging_face_fields, load_weights, save_weights, stored_dtype
 
 IGNORED = -100  # a target that the loss does not count
-LOSS_ROWS = 2048  # rows of logits that exist at a time: 0.8 GiB of bf16 for the real vocabulary; half: 5 % longer at 32K
-EXPERT_TOKENS = 32 * 1024  # tokens that pass the experts at a time, in about 7 GiB at the real size; 8K: 14 % longer at 32K
+LOSS_ROWS = 2048  # rows of logits that exist at a time: 0.8 GiB of bf16 for the real vocabulary; with 1024, 32K takes 5 % longer
+EXPERT_TOKENS = 32 * 1024  # tokens that pass the experts at a time, in 7 GiB at the real size; with 8192, 32K takes 14 % longer
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -347,7 +348,7 @@ class CudnnSinkAttention(torch.autograd.Function):
     cuDNN's backward computes p = exp(score - lse) and the score's gradient p (grad . v - grad . out). With a sink both formulas
     hold as they stand, if lse and out are those that include it: dq, dk and dv come out exact with the kernel untouched, and
     the sink's own gradient is sink_gradient's. On an H200 at 32K tokens it runs at 490 TFLOP/s forward and 420 backward, where
-    FlexAttention reaches 397 and 307 (bench.py). With that, 8K takes 5 % longer, 32K 11 %."""
+    FlexAttention reaches 397 and 307 (bench.py). With FlexAttention instead, 8K takes 5.5 % longer, 32K 10.5 %."""
 
     @staticmethod
     def forward(ctx, q, k, v, sinks):
@@ -542,7 +543,7 @@ class RouterLogits(torch.autograd.Function):
     """x (N, C), weight (E, C), bias (E) -> (N, E) in fp32: rounded to bf16 they would tie, and tokens go to other experts.
 
     No fp32 copy of x is made, which autograd would keep: a ninth of what a block keeps when nothing is recomputed. With it
-    32K takes 0.7 % longer, and 2 GiB more of six layers."""
+    32K takes 2 GiB more, and no time that could be told from noise."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -644,8 +645,8 @@ class LogProbs(torch.autograd.Function):
 
 class CrossEntropy(torch.autograd.Function):
     """-sum(LogProbs) / count, for training. What will be done with the logprobs is known, so the gradient is made while the
-    logits exist: three matmuls instead of four. With four, 8K takes 9 % longer, 32K 8 %: of
-    six layers, and so less of 24."""
+    logits exist: three matmuls instead of four. With four,
+    8K takes 9 % longer, 32K 8 %."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, count):

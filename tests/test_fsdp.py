@@ -1,10 +1,11 @@
 """The model as train.py runs it on several ranks, FSDP2 and Ulysses together, against the plain model on one: every gradient.
 
 On CPU ranks with small sizes; on two GPUs with the 20b's layers, over NCCL, compiled, recomputed, offloaded. There
-`pytest -s -m gpu tests/test_fsdp.py` prints the differences; it compiles for some six minutes. What bf16 may differ by is measured
-against the difference that it makes to round the weights to bf16 another way: a quarter of it on a CPU, where rotary tables
-that FSDP casts to bf16 make about three quarters. On a GPU all of it: there the number of rows decides which matmul kernel
-runs, kernels round differently, and a few tokens of thousands go to other experts. Each makes a hundredth: docs/LOG.md, 2026-11-25.
+`pytest -s -m gpu tests/test_fsdp.py` prints the differences; it compiles for more than a minute a case. What bf16 may differ by is
+measured against the difference that it makes to round the weights to bf16 another way: a quarter of it on a CPU, where rotary
+tables that FSDP casts to bf16 make about three quarters. On a GPU all of it, which shows gross errors only: there the number of
+rows decides which matmul kernel runs, kernels round differently, and a few tokens of thousands go to other experts, each of which
+changes the gradient by about a hundredth of its norm (docs/LOG.md, 2026-11-25).
 """
 
 from contextlib import nullcontext
