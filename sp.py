@@ -41,14 +41,16 @@ def rank():
 
 
 class _AllToAll(torch.autograd.Function):
-    """x (n, ...): rank r's block s becomes rank s's block r. A permutation that undoes itself, so its own transpose as well: the
-    backward is the same call."""
+    """x (B, n, ...): in each row, rank r's block s becomes rank s's block r. A permutation that undoes itself, so its own transpose
+    as well: the backward is the same call. A call for each row, because a row's blocks lie in the order in which they are sent,
+    the batch's do not, and to bring them into it would copy all of x."""
 
     @staticmethod
     def forward(ctx, x):
         x = x.contiguous()
         out = torch.empty_like(x)
-        dist.all_to_all_single(out, x, group=_group)
+        for received, row in zip(out, x):
+            dist.all_to_all_single(received, row, group=_group)
         return out
 
     @staticmethod
@@ -64,9 +66,9 @@ def seq_to_heads(x):
     B, s, H, D = x.shape
     if H % n:
         raise ValueError(f"sp={n} must divide the number of attention heads, {H}")
-    x = x.view(B, s, n, H // n, D).permute(2, 0, 1, 3, 4)  # (n, B, S/n, H/n, D), first the rank it goes to
-    x = _AllToAll.apply(x)  # the same shape, first the rank it came from
-    return x.transpose(0, 1).reshape(B, n * s, H // n, D)  # ranks hold the sequence in order: (n, S/n) is S
+    x = x.view(B, s, n, H // n, D).transpose(1, 2)  # (B, n, S/n, H/n, D), n the rank it goes to
+    x = _AllToAll.apply(x)  # the same shape, n the rank it came from
+    return x.view(B, n * s, H // n, D)  # ranks hold the sequence in order: (n, S/n) is S
 
 
 def heads_to_seq(x):
@@ -75,9 +77,9 @@ def heads_to_seq(x):
     if n == 1:
         return x
     B, S, h, D = x.shape
-    x = x.view(B, n, S // n, h, D).transpose(0, 1)  # (n, B, S/n, H/n, D), first the rank it goes to
-    x = _AllToAll.apply(x)  # the same shape, first the rank it came from
-    return x.permute(1, 2, 0, 3, 4).reshape(B, S // n, n * h, D)  # rank r has heads r H/n to (r+1) H/n
+    x = x.view(B, n, S // n, h, D)  # (B, n, S/n, H/n, D), n the rank it goes to
+    x = _AllToAll.apply(x)  # the same shape, n the rank it came from
+    return x.transpose(1, 2).reshape(B, S // n, n * h, D)  # rank r has heads r H/n to (r+1) H/n
 
 
 def repeat_kv(x):
@@ -134,8 +136,8 @@ def gather_sequence(x):
     """(B, S/n) -> (B, S) on every rank. For integers such as document numbers: no gradient."""
     if size() == 1:
         return x
-    slices = _AllToAll.apply(x.expand(size(), *x.shape))  # (n, B, S/n): every rank is sent the same
-    return slices.transpose(0, 1).flatten(1, 2)
+    slices = _AllToAll.apply(x[:, None].expand(-1, size(), -1))  # (B, n, S/n): every rank is sent the same
+    return slices.flatten(1, 2)
 
 
 def all_reduce(x):
