@@ -9,8 +9,8 @@ interleaved (convert_hf.py reorders them); and rotary tables, sinks, the router'
 and sum are computed in fp32.
 
 What is written for speed says what it gains: how much longer forward and backward of 8K or 32K tokens take the usual way, with six
-of the 20b's layers (`python tests/ablation.py`; docs/LOG.md, 2026-11-25). That was on an H100 at half its speed: take the size, not
-the digits. With all 24 layers the gains in the loss are about a third as large.
+of the 20b's layers on an H200 (`python tests/ablation.py`; docs/LOG.md, 2026-11-25). With all 24 layers the gains in the loss are
+about a third as large.
 
 Letters in shapes:
     B sequences    S tokens of each: this rank's, but inside attention the whole sequence's (s and S where both occur)
@@ -36,8 +36,8 @@ import sp
 from checkpoint import copy_rows, first_rank, hugging_face_fields, load_weights, save_weights, stored_dtype
 
 IGNORED = -100  # a target that the loss does not count
-LOSS_ROWS = 2048  # rows of logits that exist at a time: 0.8 GiB of bf16 for the real vocabulary; with 1024, 32K takes 5 % longer
-EXPERT_TOKENS = 32 * 1024  # tokens that pass the experts at a time, in 7 GiB at the real size; with 8192, 32K takes 14 % longer
+LOSS_ROWS = 2048  # rows of logits that exist at a time: 0.8 GiB of bf16 for the real vocabulary; with 1024, 8K takes 4 % longer
+EXPERT_TOKENS = 32 * 1024  # tokens that pass the experts at a time, in 7 GiB at the real size; with 8192, 32K takes 10 % longer
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -167,8 +167,11 @@ def fused(function):
 
     Only leaves are compiled, never a block: what talks to other ranks stays in the order it is written in. fullgraph makes it
     an error where the compiler would give up and FlexAttention would fall back to S x S scores in silence. Not compiled, 8K
-    takes 125 % longer, and 32K is out of memory."""
-    compiled = torch.compile(function, fullgraph=True)
+    takes 92 % longer, 32K 71 %, with 17 GiB more.
+
+    comprehensive_padding is off because with it PyTorch 2.11, not 2.13, makes a FlexAttention backward that reads lse's gradient as
+    if its rows were padded, where they are not: dsinks, dq and dk are wrong if S is over 1024 and 32 does not divide it."""
+    compiled = torch.compile(function, fullgraph=True, options={"comprehensive_padding": False})
 
     @functools.wraps(function)
     def call(x, *args, **kwargs):
@@ -347,8 +350,8 @@ class CudnnSinkAttention(torch.autograd.Function):
 
     cuDNN's backward computes p = exp(score - lse) and the score's gradient p (grad . v - grad . out). With a sink both formulas
     hold as they stand, if lse and out are those that include it: dq, dk and dv come out exact with the kernel untouched, and
-    the sink's own gradient is sink_gradient's. On an H200 at 32K tokens it runs at 490 TFLOP/s forward and 420 backward, where
-    FlexAttention reaches 397 and 307 (bench.py). With FlexAttention instead, 8K takes 5.5 % longer, 32K 10.5 %."""
+    the sink's own gradient is sink_gradient's. On an H200 at 32K tokens it runs at 491 TFLOP/s forward and 426 backward, where
+    FlexAttention reaches 401 and 309 (bench.py). With FlexAttention instead, 8K takes 7 % longer, 32K 10 %."""
 
     @staticmethod
     def forward(ctx, q, k, v, sinks):
@@ -494,8 +497,8 @@ class ExpertsFunction(torch.autograd.Function):
     The backward is written out because it can do what autograd cannot. It goes through the tokens in tiles, so its working
     memory does not grow with the sequence. In a checkpointed block it makes from x what it needs, and the second run computes
     nothing. And the routing weights' gradient g . y needs no expert's output y = a W2 + b2, because
-    g . y = (g W2^T) . a + g . b2. By autograd 8K takes 25 % longer, and 32K is out of memory; with a second run like
-    the first they take 11 % and 9 % longer."""
+    g . y = (g W2^T) . a + g . b2. By autograd 8K takes 21 % longer, 32K 14 %, with 15 GiB more; with a second run
+    like the first they take 11 % and 8 % longer."""
 
     @staticmethod
     def forward(ctx, x, experts, weights, w1, b1, w2, b2, limit, keep_hidden):
@@ -646,7 +649,7 @@ class LogProbs(torch.autograd.Function):
 class CrossEntropy(torch.autograd.Function):
     """-sum(LogProbs) / count, for training. What will be done with the logprobs is known, so the gradient is made while the
     logits exist: three matmuls instead of four. With four,
-    8K takes 9 % longer, 32K 8 %."""
+    8K takes 11 % longer, 32K 7 %."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, count):

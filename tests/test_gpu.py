@@ -84,7 +84,8 @@ def two_rows_of_documents(S):
 
 @pytest.mark.parametrize(
     "S, window, documents",
-    [(1000, None, False), (1000, 128, False), (1000, None, True), (300, 128, True), (512, 129, True), (70, 16, True)],
+    [(1000, None, False), (1000, 128, False), (1000, None, True), (300, 128, True), (512, 129, True), (70, 16, True)]
+    + [(1300, 128, False)],  # over 1024 and no multiple of 32: see fused
 )
 def test_flex_attention(S, window, documents):
     documents = two_rows_of_documents(S) if documents else None
@@ -92,11 +93,11 @@ def test_flex_attention(S, window, documents):
     assert_as_near_as_dense(attention, *attention_inputs(S, torch.bfloat16), window, documents)
 
 
-@pytest.mark.parametrize("window, documents", [(None, False), (128, True)])
-def test_flex_attention_in_fp32(window, documents):
-    documents = two_rows_of_documents(300) if documents else None
-    inputs, grad = attention_inputs(300, torch.float32)
-    attention = functools.partial(flex_sink_attention, mask=block_mask(300, window, documents, CUDA))
+@pytest.mark.parametrize("S, window, documents", [(300, None, False), (300, 128, True), (1300, 128, False), (1300, None, True)])
+def test_flex_attention_in_fp32(S, window, documents):
+    documents = two_rows_of_documents(S) if documents else None
+    inputs, grad = attention_inputs(S, torch.float32)
+    attention = functools.partial(flex_sink_attention, mask=block_mask(S, window, documents, CUDA))
     dense = functools.partial(dense_attention, window=window, documents=documents)
     actual = outcome(attention, inputs, grad, torch.float32)
     assert_all_close(actual, outcome(dense, inputs, grad, torch.float64), 1e-5)
