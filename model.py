@@ -167,10 +167,11 @@ def fused(function):
 
     Only leaves are compiled, never a block: what talks to other ranks stays in the order it is written in. fullgraph makes it
     an error where the compiler would give up and FlexAttention would fall back to S x S scores in silence. Not compiled, 8K
-    takes 92 % longer, 32K 71 %, with 17 GiB more.
+    takes 92 % longer, 32K 71 %, with 18 GiB more.
 
-    comprehensive_padding is off because with it PyTorch 2.11, not 2.13, makes a FlexAttention backward that reads lse's gradient as
-    if its rows were padded, where they are not: dsinks, dq and dk are wrong if S is over 1024 and 32 does not divide it."""
+    comprehensive_padding is off because with it PyTorch 2.11 writes the sum that lse's gradient is made of in one layout and reads
+    it in another, padded one: dsinks, dq and dk are wrong if S, or with several rows H S, is over 1024 and no multiple of 32.
+    2.13 did not, where we looked (docs/LOG.md, 2026-11-25)."""
     compiled = torch.compile(function, fullgraph=True, options={"comprehensive_padding": False})
 
     @functools.wraps(function)

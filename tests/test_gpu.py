@@ -85,7 +85,7 @@ def two_rows_of_documents(S):
 @pytest.mark.parametrize(
     "S, window, documents",
     [(1000, None, False), (1000, 128, False), (1000, None, True), (300, 128, True), (512, 129, True), (70, 16, True)]
-    + [(1300, 128, False)],  # over 1024 and no multiple of 32: see fused
+    + [(1300, 128, False)],  # what padding broke: see fused
 )
 def test_flex_attention(S, window, documents):
     documents = two_rows_of_documents(S) if documents else None
@@ -93,10 +93,14 @@ def test_flex_attention(S, window, documents):
     assert_as_near_as_dense(attention, *attention_inputs(S, torch.bfloat16), window, documents)
 
 
-@pytest.mark.parametrize("S, window, documents", [(300, None, False), (300, 128, True), (1300, 128, False), (1300, None, True)])
-def test_flex_attention_in_fp32(S, window, documents):
+@pytest.mark.parametrize(
+    "S, heads, window, documents",
+    [(300, (32, 4), None, False), (300, (32, 4), 128, True)]
+    + [(1300, (32, 4), 128, False), (1300, (32, 4), None, True), (300, (4, 1), None, False)],  # what padding broke: see fused
+)
+def test_flex_attention_in_fp32(S, heads, window, documents):
     documents = two_rows_of_documents(S) if documents else None
-    inputs, grad = attention_inputs(S, torch.float32)
+    inputs, grad = attention_inputs(S, torch.float32, H=heads[0], K=heads[1])
     attention = functools.partial(flex_sink_attention, mask=block_mask(S, window, documents, CUDA))
     dense = functools.partial(dense_attention, window=window, documents=documents)
     actual = outcome(attention, inputs, grad, torch.float32)

@@ -160,8 +160,8 @@ def attention_case(K):
     return q, k, v, 2 * torch.randn(H, generator=generator), grad
 
 
-def check_wrapper():
-    """ulysses around other functions: outputs, gradients, arguments that pass through, four all-to-alls a row and no more."""
+def check_wrapper(sent=1):
+    """ulysses around other functions: outputs, gradients, arguments that pass through, four all-to-alls of `sent` calls."""
     mask = torch.rand(S, S, generator=torch.Generator().manual_seed(0)) < 0.5
     mask.fill_diagonal_(True)
     exchanges, all_to_all = [], dist.all_to_all_single
@@ -182,9 +182,9 @@ def check_wrapper():
             wanted = torch.autograd.grad(expected, used, grad)
             exchanges.clear()
             out = sp.ulysses(counting)(*sp.shard(q, k, v), *([sinks] if given else []), **extra)
-            assert len(exchanges) == 4 * B
+            assert len(exchanges) == 4 * sent
             actual = torch.autograd.grad(out, used, sp.shard(grad)[0])
-            assert len(exchanges) == 8 * B
+            assert len(exchanges) == 8 * sent
             for gradient in actual:  # each rank has its tokens' and its heads' part
                 dist.all_reduce(gradient, group=sp._group)
             n = sp.size()
@@ -195,7 +195,16 @@ def check_wrapper():
     dist.all_to_all_single = all_to_all
 
 
-CHECKS = [check_layouts, check_shards, check_repeated_kv, check_errors, check_wrapper]
+def check_large_rows():
+    """Rows that are sent one by one."""
+    limit, sp.ROW_BYTES = sp.ROW_BYTES, 0
+    check_layouts()
+    check_shards()
+    check_wrapper(sent=B)
+    sp.ROW_BYTES = limit
+
+
+CHECKS = [check_layouts, check_shards, check_repeated_kv, check_errors, check_wrapper, check_large_rows]
 
 
 def wrong_sinks():
