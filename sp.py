@@ -23,7 +23,7 @@ import functools
 import torch
 import torch.distributed as dist
 
-ROW_BYTES = 2**24  # from here on a GPU sends a row by itself in less time than it copies one
+ROW_BYTES = 2**24  # a rank's part of a sequence: from here on a call for each costs a GPU less than the copies that make one of all
 _group = None  # the ranks that share each sequence; None: this rank has its sequences to itself
 
 
@@ -45,18 +45,22 @@ class _AllToAll(torch.autograd.Function):
     """x (B, n, ...): in each row, rank r's block s becomes rank s's block r. A permutation that undoes itself, so its own transpose
     as well: the backward is the same call.
 
-    Blocks to one rank must lie together. Those of one row do; those of many do after a copy to (n, B, ...), and come back after
-    another. Large rows cost less one by one: on two GPUs that share two sequences of 32K tokens a step takes
-    2 % less (docs/LOG.md, 2026-11-25)."""
+    What goes to one rank must lie together. In one row it does; in many after a copy to (n, B, ...), and what comes wants another.
+    Large rows go one by one instead: sharing two sequences of 32K tokens then costs two GPUs 2.9 % of their speed, else 5.1 %
+    (docs/LOG.md, 2026-11-25)."""
 
     @staticmethod
     def forward(ctx, x):
-        one_by_one = x.shape[1:].numel() * x.element_size() >= ROW_BYTES
-        x = (x if one_by_one else x.transpose(0, 1)).contiguous()
+        if x.shape[1:].numel() * x.element_size() < ROW_BYTES:
+            x = x.transpose(0, 1).contiguous()  # (n, B, ...)
+            out = torch.empty_like(x)
+            dist.all_to_all_single(out, x, group=_group)
+            return out.transpose(0, 1)
+        x = x.contiguous()
         out = torch.empty_like(x)
-        for received, sent in zip(out, x) if one_by_one else [(out, x)]:
+        for received, sent in zip(out, x):
             dist.all_to_all_single(received, sent, group=_group)
-        return out if one_by_one else out.transpose(0, 1)
+        return out
 
     @staticmethod
     def backward(ctx, grad):

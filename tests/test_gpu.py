@@ -94,13 +94,13 @@ def test_flex_attention(S, window, documents):
 
 
 @pytest.mark.parametrize(
-    "S, heads, window, documents",
-    [(300, (32, 4), None, False), (300, (32, 4), 128, True)]
-    + [(1300, (32, 4), 128, False), (1300, (32, 4), None, True), (300, (4, 1), None, False)],  # what padding broke: see fused
+    "S, H, K, window, documents",
+    [(300, 32, 4, None, False), (300, 32, 4, 128, True)]
+    + [(1300, 32, 4, 128, False), (1300, 32, 4, None, True), (300, 4, 1, None, False)],  # what padding broke: see fused
 )
-def test_flex_attention_in_fp32(S, heads, window, documents):
+def test_flex_attention_in_fp32(S, H, K, window, documents):
     documents = two_rows_of_documents(S) if documents else None
-    inputs, grad = attention_inputs(S, torch.float32, H=heads[0], K=heads[1])
+    inputs, grad = attention_inputs(S, torch.float32, H=H, K=K)
     attention = functools.partial(flex_sink_attention, mask=block_mask(S, window, documents, CUDA))
     dense = functools.partial(dense_attention, window=window, documents=documents)
     actual = outcome(attention, inputs, grad, torch.float32)
