@@ -37,58 +37,12 @@ import torch
 from safetensors import safe_open
 from tqdm import tqdm
 
-from checkpoint import COMPANIONS, HF_CONFIG, INDEX, SHARD_BYTES, Aside, copy_companions, weight_files
 from model import GPTOSS, GPTOSSConfig
+from mxfp4 import DEVICE, GROUP, dequantize_mxfp4, quantize_mxfp4
+from weights import COMPANIONS, HF_CONFIG, INDEX, SHARD_BYTES, Aside, copy_companions, weight_files
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where values are packed and unpacked
 SLICE_BYTES = 4_000_000  # what is converted at a time; one expert, if that is more
 THREADS = 4  # slices under way at once, so that reading, converting and writing overlap
-
-# ----------------------------------------------------------------------------------------------------------------------
-# MXFP4: 32 values share one scale, a power of two, and are four bits each: a sign and one of eight magnitudes.
-
-GROUP = 32
-MAGNITUDES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
-# A magnitude's code is the number of these that lie below it. A tie goes to the even code, so every second threshold is
-# itself the first value of the upper code, and must stand one fp32 step lower.
-THRESHOLDS = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
-THRESHOLDS[1::2] = torch.nextafter(THRESHOLDS[1::2], torch.tensor(0.0))
-# What each byte holds, two bf16 side by side, low nibble first, seen as one int32: one look-up unpacks both.
-_values = MAGNITUDES + [-m for m in MAGNITUDES]
-PAIRS = torch.tensor([(_values[b & 15], _values[b >> 4]) for b in range(256)], dtype=torch.bfloat16).view(torch.int32).squeeze(1)
-POWERS = (2.0 ** (torch.arange(256, dtype=torch.float64) - 127)).float()  # of each scale byte; 1 / POWERS[b] is POWERS[254 - b]
-POWERS[255] = torch.nan  # so says the format; transformers makes infinity of it
-
-
-def look_up(table, indices):
-    """table[indices] for a uint8 tensor. index_select: an order of magnitude faster on a CPU than indexing by a tensor."""
-    return table.to(indices.device).index_select(0, indices.flatten().int()).view(indices.shape)
-
-
-def dequantize_mxfp4(blocks, scales):
-    """uint8 blocks (..., G, 16) and scales (..., G) -> (..., 32 G) bf16, which holds every MXFP4 value exactly."""
-    values = look_up(PAIRS, blocks.to(DEVICE)).view(torch.bfloat16)  # (..., G, 32)
-    values *= look_up(POWERS.bfloat16(), scales.to(DEVICE)).unsqueeze(-1)
-    return values.flatten(-2)
-
-
-def quantize_mxfp4(weight):
-    """(..., 32 G) of any float dtype -> uint8 blocks (..., G, 16), scales (..., G): the nearest value, ties to even.
-
-    The scale is 2 ** (floor(log2(largest magnitude)) - 2), which puts the largest into [4, 8); above 6 it saturates.
-    What came out of MXFP4 goes back without change: its values, that is, a group may find a smaller scale for them."""
-    groups = weight.to(DEVICE).unflatten(-1, (-1, GROUP)).contiguous()  # (..., G, 32)
-    magnitudes = groups.float().abs()
-    largest = magnitudes.amax(-1)
-    if not largest.isfinite().all():
-        raise ValueError("MXFP4 cannot hold infinite values or NaN: this checkpoint is broken, export an earlier one")
-    exponent = torch.frexp(largest).exponent - 1  # floor(log2), and exact, which log2 is not
-    scales = torch.where(largest > 0, exponent - 2 + 127, 0).clamp(min=0).to(torch.uint8)
-    magnitudes *= look_up(POWERS, 254 - scales).unsqueeze(-1)
-    codes = torch.bucketize(magnitudes, THRESHOLDS.to(DEVICE), out_int32=True).to(torch.uint8)
-    codes += groups.signbit().to(torch.uint8) * 8  # signbit: minus zero has a code of its own
-    return codes[..., 0::2] + codes[..., 1::2] * 16, scales
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Layouts: which tensors stand for one of ours elsewhere, and what turns one into the other
@@ -96,19 +50,46 @@ def quantize_mxfp4(weight):
 HUGGING_FACE, OPENAI = 0, 1
 NAMES = {  # ours: (Hugging Face's, OpenAI's); N is a block's number, and Hugging Face keeps q, k and v apart
     "embedding.weight": ("model.embed_tokens.weight", "embedding.weight"),
-    "blocks.N.attention_norm.weight": ("model.layers.N.input_layernorm.weight", "block.N.attn.norm.scale"),
-    "blocks.N.attention.qkv.weight": ("model.layers.N.self_attn.qkv_proj.weight", "block.N.attn.qkv.weight"),
-    "blocks.N.attention.qkv.bias": ("model.layers.N.self_attn.qkv_proj.bias", "block.N.attn.qkv.bias"),
+    "blocks.N.attention_norm.weight": (
+        "model.layers.N.input_layernorm.weight",
+        "block.N.attn.norm.scale",
+    ),
+    "blocks.N.attention.qkv.weight": (
+        "model.layers.N.self_attn.qkv_proj.weight",
+        "block.N.attn.qkv.weight",
+    ),
+    "blocks.N.attention.qkv.bias": (
+        "model.layers.N.self_attn.qkv_proj.bias",
+        "block.N.attn.qkv.bias",
+    ),
     "blocks.N.attention.sinks": ("model.layers.N.self_attn.sinks", "block.N.attn.sinks"),
-    "blocks.N.attention.out.weight": ("model.layers.N.self_attn.o_proj.weight", "block.N.attn.out.weight"),
-    "blocks.N.attention.out.bias": ("model.layers.N.self_attn.o_proj.bias", "block.N.attn.out.bias"),
-    "blocks.N.mlp_norm.weight": ("model.layers.N.post_attention_layernorm.weight", "block.N.mlp.norm.scale"),
+    "blocks.N.attention.out.weight": (
+        "model.layers.N.self_attn.o_proj.weight",
+        "block.N.attn.out.weight",
+    ),
+    "blocks.N.attention.out.bias": (
+        "model.layers.N.self_attn.o_proj.bias",
+        "block.N.attn.out.bias",
+    ),
+    "blocks.N.mlp_norm.weight": (
+        "model.layers.N.post_attention_layernorm.weight",
+        "block.N.mlp.norm.scale",
+    ),
     "blocks.N.mlp.router.weight": ("model.layers.N.mlp.router.weight", "block.N.mlp.gate.weight"),
     "blocks.N.mlp.router.bias": ("model.layers.N.mlp.router.bias", "block.N.mlp.gate.bias"),
-    "blocks.N.mlp.gate_up_weight": ("model.layers.N.mlp.experts.gate_up_proj", "block.N.mlp.mlp1_weight"),
-    "blocks.N.mlp.gate_up_bias": ("model.layers.N.mlp.experts.gate_up_proj_bias", "block.N.mlp.mlp1_bias"),
+    "blocks.N.mlp.gate_up_weight": (
+        "model.layers.N.mlp.experts.gate_up_proj",
+        "block.N.mlp.mlp1_weight",
+    ),
+    "blocks.N.mlp.gate_up_bias": (
+        "model.layers.N.mlp.experts.gate_up_proj_bias",
+        "block.N.mlp.mlp1_bias",
+    ),
     "blocks.N.mlp.down_weight": ("model.layers.N.mlp.experts.down_proj", "block.N.mlp.mlp2_weight"),
-    "blocks.N.mlp.down_bias": ("model.layers.N.mlp.experts.down_proj_bias", "block.N.mlp.mlp2_bias"),
+    "blocks.N.mlp.down_bias": (
+        "model.layers.N.mlp.experts.down_proj_bias",
+        "block.N.mlp.mlp2_bias",
+    ),
     "norm.weight": ("model.norm.weight", "norm.scale"),
     "unembedding.weight": ("lm_head.weight", "unembedding.weight"),
 }
@@ -139,21 +120,41 @@ def counterpart(name, shape, config, layout, mxfp4):
     number = "".join(re.findall(r"\d+", name))
     their = NAMES[re.sub(r"\d+", "N", name)][layout].replace(".N.", f".{number}.")
     if ".qkv." in name and layout == HUGGING_FACE:
-        rows = [config.head_dim * n for n in (config.num_attention_heads, *2 * [config.num_key_value_heads])]
+        rows = [
+            config.head_dim * n
+            for n in (config.num_attention_heads, *2 * [config.num_key_value_heads])
+        ]
         theirs = {their.replace("qkv", letter): (n, *shape[1:]) for letter, n in zip("qkv", rows)}
-        return Counterpart(name, shape, theirs, lambda *qkv: torch.cat(qkv), lambda qkv: qkv.split(rows))
-    ours, back = (deinterleave, interleave) if "gate_up" in name else (torch.Tensor.contiguous, torch.Tensor.contiguous)
+        return Counterpart(
+            name, shape, theirs, lambda *qkv: torch.cat(qkv), lambda qkv: qkv.split(rows)
+        )
+    ours, back = (
+        (deinterleave, interleave)
+        if "gate_up" in name
+        else (torch.Tensor.contiguous, torch.Tensor.contiguous)
+    )
     transposed = name.endswith(("gate_up_weight", "down_weight")) and (mxfp4 or layout == OPENAI)
     if not transposed:
         return Counterpart(name, shape, {their: shape}, ours, lambda x: (back(x),))
     experts, inputs, outputs = shape
     if not mxfp4:
-        return Counterpart(name, shape, {their: (experts, outputs, inputs)}, lambda x: ours(x.mT), lambda x: (back(x).mT,))
+        return Counterpart(
+            name,
+            shape,
+            {their: (experts, outputs, inputs)},
+            lambda x: ours(x.mT),
+            lambda x: (back(x).mT,),
+        )
     if inputs % GROUP:
-        raise ValueError(f"{name}: MXFP4 needs a multiple of {GROUP} inputs, and this has {inputs}: export without --mxfp4")
+        raise ValueError(
+            f"{name}: MXFP4 needs a multiple of {GROUP} inputs, and this has {inputs}: export without --mxfp4"
+        )
     groups, joint = (experts, outputs, inputs // GROUP), ("_", ".")[layout]
     theirs = {f"{their}{joint}blocks": (*groups, GROUP // 2), f"{their}{joint}scales": groups}
-    unpack, pack = lambda *packed: ours(dequantize_mxfp4(*packed).mT), lambda x: quantize_mxfp4(back(x.to(DEVICE)).mT)
+    unpack, pack = (
+        lambda *packed: ours(dequantize_mxfp4(*packed).mT),
+        lambda x: quantize_mxfp4(back(x.to(DEVICE)).mT),
+    )
     return Counterpart(name, shape, theirs, unpack, pack, mxfp4=True)
 
 
@@ -161,7 +162,9 @@ def counterparts(config, layout, mxfp4):
     """Of every parameter of the model, in its order."""
     with torch.device("meta"):
         parameters = dict(GPTOSS(config).named_parameters())
-    return [counterpart(name, tuple(p.shape), config, layout, mxfp4) for name, p in parameters.items()]
+    return [
+        counterpart(name, tuple(p.shape), config, layout, mxfp4) for name, p in parameters.items()
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -197,7 +200,9 @@ class Place(NamedTuple):
                 data.tofile(file)
         except OSError as error:  # numpy's does not say where, nor why
             free = shutil.disk_usage(self.path.parent).free
-            raise OSError(f"cannot write {self.path}, with {free / 1e9:.1f} GB free on its disk: {error}") from None
+            raise OSError(
+                f"cannot write {self.path}, with {free / 1e9:.1f} GB free on its disk: {error}"
+            ) from None
 
 
 def read_header(path):
@@ -207,7 +212,12 @@ def read_header(path):
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
     return {
-        name: Place(path, 8 + length + x["data_offsets"][0], DTYPES.get(x["dtype"], x["dtype"]), tuple(x["shape"]))
+        name: Place(
+            path,
+            8 + length + x["data_offsets"][0],
+            DTYPES.get(x["dtype"], x["dtype"]),
+            tuple(x["shape"]),
+        )
         for name, x in header.items()
     }
 
@@ -216,16 +226,25 @@ def read_places(folder):
     """({name: Place} of the tensors in a folder, [what is wrong with its files])."""
     places, problems = {}, []
     indexed = (folder / INDEX).exists()
-    for path in sorted(set(weight_files(folder).values()) if indexed else folder.glob("*.safetensors")):
+    for path in sorted(
+        set(weight_files(folder).values()) if indexed else folder.glob("*.safetensors")
+    ):
         try:
             found = read_header(path)
-        except Exception as error:  # safetensors has its own exception for each way a file can be wrong
+        except (
+            Exception
+        ) as error:  # safetensors has its own exception for each way a file can be wrong
             problems.append(f"{path.name} is missing, truncated or no safetensors file ({error})")
             continue
-        problems += [f"{name} is in {path.name} and in {places[name].path.name}" for name in found.keys() & places.keys()]
+        problems += [
+            f"{name} is in {path.name} and in {places[name].path.name}"
+            for name in found.keys() & places.keys()
+        ]
         places |= found
     if not places:
-        raise ValueError("\n  ".join([f"{folder}: no tensors in safetensors files here", *problems]))
+        raise ValueError(
+            "\n  ".join([f"{folder}: no tensors in safetensors files here", *problems])
+        )
     return places, problems
 
 
@@ -233,13 +252,26 @@ def create_shards(folder, tensors):
     """Make files of about SHARD_BYTES with room for tensors {name: (dtype, shape)}, and their index; returns {name: Place}."""
     nbytes = {name: math.prod(shape) * dtype.itemsize for name, (dtype, shape) in tensors.items()}
     before = dict(zip(nbytes, itertools.accumulate(nbytes.values(), initial=0)))
-    shards = [list(names) for _, names in itertools.groupby(tensors, lambda name: before[name] // SHARD_BYTES)]
+    shards = [
+        list(names)
+        for _, names in itertools.groupby(tensors, lambda name: before[name] // SHARD_BYTES)
+    ]
     places = {}
     for number, names in enumerate(shards, 1):
-        path, header, end = folder / f"model-{number:05d}-of-{len(shards):05d}.safetensors", {"__metadata__": {"format": "pt"}}, 0
-        for name in sorted(names, key=lambda name: -tensors[name][0].itemsize):  # large dtypes first, so that all are aligned
+        path, header, end = (
+            folder / f"model-{number:05d}-of-{len(shards):05d}.safetensors",
+            {"__metadata__": {"format": "pt"}},
+            0,
+        )
+        for name in sorted(
+            names, key=lambda name: -tensors[name][0].itemsize
+        ):  # large dtypes first, so that all are aligned
             dtype, shape = tensors[name]
-            header[name] = {"dtype": CODES[dtype], "shape": shape, "data_offsets": [end, end + nbytes[name]]}
+            header[name] = {
+                "dtype": CODES[dtype],
+                "shape": shape,
+                "data_offsets": [end, end + nbytes[name]],
+            }
             end += nbytes[name]
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
@@ -247,7 +279,10 @@ def create_shards(folder, tensors):
             file.write(len(text).to_bytes(8, "little") + text)
             file.truncate(8 + len(text) + end)
         places |= read_header(path)
-    index = {"metadata": {"total_size": sum(nbytes.values())}, "weight_map": {name: places[name].path.name for name in tensors}}
+    index = {
+        "metadata": {"total_size": sum(nbytes.values())},
+        "weight_map": {name: places[name].path.name for name in tensors},
+    }
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     return places
 
@@ -260,16 +295,24 @@ def check(folder, places, problems, expected):
     """Raise one ValueError with every problem: of the files, and where `places` are not the expected {name: shape}.
 
     A name that ends in blocks or scales holds uint8, any other floats."""
-    problems = problems + [f"missing {name} {expected[name]}" for name in expected if name not in places]
+    problems = problems + [
+        f"missing {name} {expected[name]}" for name in expected if name not in places
+    ]
     for name, place in places.items():
         if name not in expected:
             problems.append(f"unexpected {name} {place.shape}")
         elif place.shape != expected[name]:
-            problems.append(f"{name} has shape {place.shape}, and the config asks for {expected[name]}")
-        elif place.dtype not in CODES or name.endswith(("blocks", "scales")) != (place.dtype == torch.uint8):
+            problems.append(
+                f"{name} has shape {place.shape}, and the config asks for {expected[name]}"
+            )
+        elif place.dtype not in CODES or name.endswith(("blocks", "scales")) != (
+            place.dtype == torch.uint8
+        ):
             problems.append(f"{name} has dtype {place.dtype}")
     if problems:
-        raise ValueError("\n  ".join([f"{folder}: {len(problems)} problems, nothing was converted", *problems]))
+        raise ValueError(
+            "\n  ".join([f"{folder}: {len(problems)} problems, nothing was converted", *problems])
+        )
 
 
 def row_slices(places):
@@ -287,7 +330,9 @@ def convert(jobs):
 
     def run(work):
         function, sources, targets, rows = work
-        for place, result in zip(targets, function(*(place.read(rows) for place in sources)), strict=True):
+        for place, result in zip(
+            targets, function(*(place.read(rows) for place in sources)), strict=True
+        ):
             assert result.shape[1:] == place.shape[1:]
             place.write(rows, result)
             bar.update(place.row_bytes() * len(result))
@@ -319,14 +364,21 @@ def fetch(source):
     if Path(source).is_dir():
         return Path(source)
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
-        raise FileNotFoundError(f"{source}: no such folder, and no name on the Hub (like openai/gpt-oss-20b) either")
+        raise FileNotFoundError(
+            f"{source}: no such folder, and no name on the Hub (like openai/gpt-oss-20b) either"
+        )
     from huggingface_hub import snapshot_download
 
     wanted = ["config.json", "*.safetensors", "*.safetensors.index.json", *COMPANIONS]
     try:  # the patterns' * also matches a slash: without the second list, copies in other layouts would come along
         return Path(snapshot_download(source, allow_patterns=wanted, ignore_patterns=["*/*"]))
-    except (OSError, ValueError) as error:  # what huggingface_hub raises for an unknown name, no access, no network
-        raise ValueError(f"{source}: no such folder here, and the download failed: {error}") from error
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # what huggingface_hub raises for an unknown name, no access, no network
+        raise ValueError(
+            f"{source}: no such folder here, and the download failed: {error}"
+        ) from error
 
 
 def find_layout(folder, names):
@@ -334,7 +386,9 @@ def find_layout(folder, names):
     for prefix, layout in ("model.layers.", HUGGING_FACE), ("block.", OPENAI):
         if any(name.startswith(prefix) for name in names):
             return layout, any(name.endswith(("_blocks", ".blocks")) for name in names)
-    raise ValueError(f"{folder}: neither Hugging Face's nor OpenAI's names, but {min(names)}, …: is it converted already?")
+    raise ValueError(
+        f"{folder}: neither Hugging Face's nor OpenAI's names, but {min(names)}, …: is it converted already?"
+    )
 
 
 def import_checkpoint(source, out):
@@ -344,9 +398,16 @@ def import_checkpoint(source, out):
     config = GPTOSSConfig.from_json(folder / "config.json")
     places, problems = read_places(folder)
     layout, mxfp4 = find_layout(folder, places)
-    print(f"{folder}: {('Hugging Face', 'OpenAI')[layout]}'s layout, experts in {'MXFP4' if mxfp4 else 'plain floats'}")
+    print(
+        f"{folder}: {('Hugging Face', 'OpenAI')[layout]}'s layout, experts in {'MXFP4' if mxfp4 else 'plain floats'}"
+    )
     pairs = counterparts(config, layout, mxfp4)
-    check(folder, places, problems, {name: shape for pair in pairs for name, shape in pair.theirs.items()})
+    check(
+        folder,
+        places,
+        problems,
+        {name: shape for pair in pairs for name, shape in pair.theirs.items()},
+    )
 
     def dtype(pair):
         stored = functools.reduce(torch.promote_types, (places[name].dtype for name in pair.theirs))
@@ -354,7 +415,16 @@ def import_checkpoint(source, out):
 
     with Aside(out.resolve()) as aside:
         ours = create_shards(aside, {pair.name: (dtype(pair), pair.shape) for pair in pairs})
-        convert([(lambda *x, p=p: (p.to_ours(*x),), [places[name] for name in p.theirs], [ours[p.name]]) for p in pairs])
+        convert(
+            [
+                (
+                    lambda *x, p=p: (p.to_ours(*x),),
+                    [places[name] for name in p.theirs],
+                    [ours[p.name]],
+                )
+                for p in pairs
+            ]
+        )
         config.to_json(aside / "config.json")
         if layout == HUGGING_FACE:
             shutil.copyfile(folder / "config.json", aside / HF_CONFIG)
@@ -369,7 +439,11 @@ def hf_config(config, dtype, mxfp4, source):
     """Hugging Face's config.json for `config`; `source`: the one that came with the weights, or {}.
 
     Rotary settings are written as the released models have them, which every version of transformers reads."""
-    tokens = {"eos_token_id": 200_002, "pad_token_id": 199_999} if config.vocab_size == GPTOSSConfig.vocab_size else {}
+    tokens = (
+        {"eos_token_id": 200_002, "pad_token_id": 199_999}
+        if config.vocab_size == GPTOSSConfig.vocab_size
+        else {}
+    )
     outdated = ("quantization_config", "rope_parameters", "dtype")
     renamed = ("num_experts", "rope_scaling_factor", "rope_ntk_alpha", "rope_ntk_beta")
     given = tokens | {name: value for name, value in source.items() if name not in outdated}
@@ -380,7 +454,10 @@ def hf_config(config, dtype, mxfp4, source):
         "torch_dtype": str(dtype).removeprefix("torch."),
         "num_local_experts": config.num_experts,
         "num_experts_per_tok": config.experts_per_token,
-        "layer_types": ["full_attention" if layer % 2 else "sliding_attention" for layer in range(config.num_hidden_layers)],
+        "layer_types": [
+            "full_attention" if layer % 2 else "sliding_attention"
+            for layer in range(config.num_hidden_layers)
+        ],
         "attention_bias": True,
         "hidden_act": "silu",
         "tie_word_embeddings": False,
@@ -394,7 +471,12 @@ def hf_config(config, dtype, mxfp4, source):
         },
     }
     if mxfp4:
-        modules = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+        modules = [
+            "model.layers.*.self_attn",
+            "model.layers.*.mlp.router",
+            "model.embed_tokens",
+            "lm_head",
+        ]
         given["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": modules}
     return given
 
@@ -408,7 +490,9 @@ def export_checkpoint(run, out, mxfp4=False, dtype=None, tokenizer=None):
         raise FileNotFoundError(f"--tokenizer {tokenizer}: no such folder")
     folder = run / "model" if (run / "model").is_dir() else run
     if (folder / "metrics.jsonl").exists():
-        raise ValueError(f"{run}: this run has no model/ yet. train.py with --resume=true finishes it")
+        raise ValueError(
+            f"{run}: this run has no model/ yet. train.py with --resume=true finishes it"
+        )
     config = GPTOSSConfig.from_json(folder / "config.json")
     places, problems = read_places(folder)
     if not any(name.startswith("blocks.") for name in places):
@@ -424,23 +508,49 @@ def export_checkpoint(run, out, mxfp4=False, dtype=None, tokenizer=None):
             squares.append([x.norm().item() ** 2 for x in (pair.to_ours(*theirs) - weight, weight)])
         return theirs
 
-    stored = {pair.name: torch.uint8 if pair.mxfp4 else dtype or places[pair.name].dtype for pair in pairs}
+    stored = {
+        pair.name: torch.uint8 if pair.mxfp4 else dtype or places[pair.name].dtype for pair in pairs
+    }
     with Aside(out.resolve()) as aside:
-        theirs = create_shards(aside, {name: (stored[p.name], shape) for p in pairs for name, shape in p.theirs.items()})
-        convert([(functools.partial(to_theirs, p), [places[p.name]], [theirs[name] for name in p.theirs]) for p in pairs])
+        theirs = create_shards(
+            aside,
+            {name: (stored[p.name], shape) for p in pairs for name, shape in p.theirs.items()},
+        )
+        convert(
+            [
+                (
+                    functools.partial(to_theirs, p),
+                    [places[p.name]],
+                    [theirs[name] for name in p.theirs],
+                )
+                for p in pairs
+            ]
+        )
         if mxfp4:
             error, weights = map(sum, zip(*squares))
-            print(f"MXFP4 experts: relative error {math.sqrt(error / weights) if weights else 0.0:.3e}")
-        source = json.loads((folder / HF_CONFIG).read_text()) if (folder / HF_CONFIG).exists() else {}
+            print(
+                f"MXFP4 experts: relative error {math.sqrt(error / weights) if weights else 0.0:.3e}"
+            )
+        source = (
+            json.loads((folder / HF_CONFIG).read_text()) if (folder / HF_CONFIG).exists() else {}
+        )
         given = hf_config(config, stored["norm.weight"], mxfp4, source)
         (aside / "config.json").write_text(json.dumps(given, indent=2) + "\n")
         for files in filter(None, (folder, tokenizer)):
             copy_companions(files, aside)
-    turned = int(config.initial_context_length * config.rope_scaling_factor)  # positions in vLLM's rotary table
-    constants = {"rms_norm_eps": 1e-5, "swiglu_limit": 7.0, "max_position_embeddings": min(turned, config.max_position_embeddings)}
+    turned = int(
+        config.initial_context_length * config.rope_scaling_factor
+    )  # positions in vLLM's rotary table
+    constants = {
+        "rms_norm_eps": 1e-5,
+        "swiglu_limit": 7.0,
+        "max_position_embeddings": min(turned, config.max_position_embeddings),
+    }
     for name, value in constants.items():
         if getattr(config, name) != value:
-            print(f"note: {name} is {getattr(config, name)}; vLLM 0.32 computes as if it were {value}")
+            print(
+                f"note: {name} is {getattr(config, name)}; vLLM 0.32 computes as if it were {value}"
+            )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -472,11 +582,17 @@ def verify(source, folder):
     source, config = fetch(source), GPTOSSConfig.from_json(folder / "config.json")
     parameters = sum(math.prod(place.shape) for place in read_places(folder)[0].values())
     exact = 4 * parameters < 0.8 * free_memory()
-    dtype, tolerance, judged = (torch.float32, 1e-3, torch.max) if exact else (torch.bfloat16, 0.5, torch.median)
+    dtype, tolerance, judged = (
+        (torch.float32, 1e-3, torch.max) if exact else (torch.bfloat16, 0.5, torch.median)
+    )
 
     tokenizer = (source / "tokenizer.json").exists() and AutoTokenizer.from_pretrained(source)
     prompt = __doc__  # longer than the sliding window
-    ids = tokenizer(prompt)["input_ids"] if tokenizer else [byte % config.vocab_size for byte in prompt.encode()]
+    ids = (
+        tokenizer(prompt)["input_ids"]
+        if tokenizer
+        else [byte % config.vocab_size for byte in prompt.encode()]
+    )
     tokens = torch.tensor([ids[: min(256, config.max_position_embeddings)]], device=DEVICE)
 
     quantized = "quantization_config" in json.loads((source / "config.json").read_text())
@@ -491,7 +607,9 @@ def verify(source, folder):
 
     found = difference()
     for block in ours.blocks:
-        block.mlp.gate_up_weight.copy_(block.mlp.gate_up_weight.roll(config.intermediate_size, dims=-1))
+        block.mlp.gate_up_weight.copy_(
+            block.mlp.gate_up_weight.roll(config.intermediate_size, dims=-1)
+        )
     control = difference()
     what = f"{len(tokens[0])} tokens in {str(dtype).removeprefix('torch.')}, largest difference of a logprob from transformers'"
     print(f"{what}: {found.max():.2e}, and {found.median():.2e} for the median token")
@@ -507,14 +625,38 @@ def verify(source, folder):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", nargs="?", help="what to import: a name on the Hub, or a folder")
-    parser.add_argument("--out", type=Path, help="the new folder; an import's default is checkpoints/ and the source's last part")
-    parser.add_argument("--verify", action="store_true", help="convert what is not converted yet, then compare with transformers")
-    parser.add_argument("--export", type=Path, metavar="RUN", help="a training run or checkpoint folder to export instead")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="the new folder; an import's default is checkpoints/ and the source's last part",
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="convert what is not converted yet, then compare with transformers",
+    )
+    parser.add_argument(
+        "--export",
+        type=Path,
+        metavar="RUN",
+        help="a training run or checkpoint folder to export instead",
+    )
     parser.add_argument("--mxfp4", action="store_true", help="export experts in MXFP4")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of an export's tensors; default: as they are stored")
-    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="where an export's tokenizer files lie, if not in RUN")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        help="of an export's tensors; default: as they are stored",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="DIR",
+        help="where an export's tokenizer files lie, if not in RUN",
+    )
     options = parser.parse_args(arguments)
     if (options.source is None) == (options.export is None):
         parser.error("give either a source to import or --export RUN")

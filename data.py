@@ -25,183 +25,17 @@ import multiprocessing
 import os
 import shutil
 import signal
-import tempfile
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-import tiktoken
 import torch
 from tqdm import tqdm
 
+from chat import render_chat
+from tokenizer import TOKENIZERS, ByteTokenizer, HarmonyTokenizer, get_tokenizer
+
 IGNORED = -100  # a target that the loss does not count, as in model.py
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Tokenizers
-
-
-class Tokenizer:
-    """Has a name, vocab_size, end (the token that ends a document), stop (those that end an answer), encode(text) -> list of
-    tokens, and token_bytes(token), which may be a part of a character."""
-
-    def decode(self, tokens):
-        return b"".join(map(self.token_bytes, tokens)).decode("utf-8", "replace")
-
-
-class ByteTokenizer(Tokenizer):
-    """A token is a byte of UTF-8, and 256 ends a document."""
-
-    name, vocab_size, end, stop = "bytes", 257, 256, (256,)
-
-    def encode(self, text):
-        return list(text.encode("utf-8"))
-
-    def token_bytes(self, token):
-        return bytes([token]) if token < self.end else b"<|endoftext|>"
-
-
-class HarmonyTokenizer(Tokenizer):
-    """The vocabulary of the released models. Text that spells a special token stays text: no document can forge one."""
-
-    name, vocab_size, end = "o200k_harmony", 201_088, 199_999
-    stop = (200_002, 200_012, 199_999)  # <|return|>, <|call|>, <|endoftext|>
-
-    def __init__(self):
-        try:
-            self.vocabulary = tiktoken.get_encoding(self.name)
-        except OSError as error:
-            raise OSError(
-                f"cannot load the {self.name} vocabulary: {error}. Connect once, or set TIKTOKEN_CACHE_DIR to a folder "
-                f"that holds it, or choose --tokenizer=bytes."
-            ) from error
-
-    def encode(self, text):
-        return self.vocabulary.encode_ordinary(text)
-
-    def token_bytes(self, token):
-        return self.vocabulary.decode_single_token_bytes(token)
-
-
-TOKENIZERS = {tokenizer.name: tokenizer for tokenizer in (HarmonyTokenizer, ByteTokenizer)}
-
-
-@functools.cache
-def get_tokenizer(name):
-    """The Tokenizer of that name. OSError if its vocabulary is out of reach."""
-    if name not in TOKENIZERS:
-        raise ValueError(f"tokenizer={name!r} is not known: choose one of {', '.join(TOKENIZERS)}")
-    return TOKENIZERS[name]()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Chat
-
-ROLES = ("system", "developer", "user", "assistant", "tool")
-KEYS = ("role", "content", "name", "channel", "recipient", "content_type")  # of a message
-START = 200_006  # <|start|>
-
-
-def harmony_messages(messages):
-    """A chat as most files hold it -> the messages that harmony would have, as dicts.
-
-    A text as system prompt becomes harmony's developer message; an assistant's "thinking" becomes a message of its own on
-    the analysis channel; an answer without a channel is final. Messages that are harmony's already pass as they are."""
-    if not isinstance(messages, list):
-        raise ValueError('"messages" must be a list')
-    normal = []
-    for message in messages:
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            raise ValueError(f"a message needs a role out of {', '.join(ROLES)}, not {str(message)[:80]!r}")
-        message = {key: value for key, value in message.items() if value is not None}
-        role, content = message["role"], message.get("content")
-        if role == "assistant" and "thinking" in message:
-            normal.append({"role": role, "channel": "analysis", "content": message.pop("thinking")})
-        if role == "assistant":
-            message.setdefault("channel", "commentary" if "recipient" in message else "final")
-        if role == "system" and isinstance(content, str):
-            message["role"] = "developer"
-        if not isinstance(content, (str, list)) or not message.keys() <= set(KEYS):
-            raise ValueError(f"{role} message has {sorted(message)}: it needs content, and may have {', '.join(KEYS)}")
-        normal.append(message)
-    if not any(message["role"] == "assistant" for message in normal):
-        raise ValueError("no message of the assistant: there is nothing to learn")
-    return normal
-
-
-@functools.cache
-def load_harmony():
-    """OpenAI's package and its renderer."""
-    try:
-        import openai_harmony
-    except ImportError:
-        raise ValueError("o200k_harmony chats are rendered by OpenAI's package: pip install openai-harmony") from None
-    # harmony reads the same vocabulary file as tiktoken, under the same name: let it find the one already there.
-    get_tokenizer(HarmonyTokenizer.name)
-    tiktoken_cache = os.environ.get("TIKTOKEN_CACHE_DIR") or os.path.join(tempfile.gettempdir(), "data-gym-cache")
-    os.environ.setdefault("TIKTOKEN_RS_CACHE_DIR", tiktoken_cache)
-    return openai_harmony, openai_harmony.load_harmony_encoding("HarmonyGptOss")
-
-
-def render_harmony(messages):
-    """[(role, opening, middle, closing)] of each message: <|start|>assistant, what it says, <|end|> or another; as tokens."""
-    package, harmony = load_harmony()
-    if messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": [{"type": "system_content"}]}, *messages]  # the standard one
-    for message in messages:
-        if message["role"] == "developer" and isinstance(message["content"], str):
-            message["content"] = [{"type": "developer_content", "instructions": message["content"]}]
-    # The reasoning of earlier turns, which a running chat forgets, is kept: without it their answers would be trained as if
-    # no thought had led to them.
-    keep_reasoning = package.RenderConversationConfig(auto_drop_analysis=False)
-    try:
-        chat = package.Conversation.from_messages([package.Message.from_dict(message) for message in messages])
-        tokens = np.array(harmony.render_conversation_for_training(chat, keep_reasoning))
-    except Exception as error:  # pydantic's, Rust's and plain ones
-        raise ValueError(f"harmony cannot render the chat: {' '.join(str(error).split())}") from error
-    parts = np.split(tokens, np.flatnonzero(tokens == START)[1:])  # text cannot hold a special token
-    return [(message["role"], part[:2], part[2:-1], part[-1:]) for message, part in zip(messages, parts)]
-
-
-def render_bytes(messages):
-    """The same for byte models: <|start|> becomes nine bytes, which text can forge. There is no standard system message, which
-    alone would fill their short contexts."""
-    rendered = []
-    for place, message in enumerate(messages, 1):
-        role, content, channel = message["role"], message["content"], message.get("channel")
-        if message.keys() - {"role", "content", "channel"} or role == "tool" or not isinstance(content, str):
-            raise ValueError("--tokenizer=bytes spells out plain messages only: tools and parts need o200k_harmony")
-        if role == "developer":
-            content = f"# Instructions\n\n{content}"
-        middle = (f"<|channel|>{channel}" if channel else "") + f"<|message|>{content}"
-        returns = place == len(messages) and channel == "final"
-        pieces = f"<|start|>{role}", middle, "<|return|>" if returns else "<|end|>"
-        rendered.append((role, *(np.frombuffer(piece.encode(), np.uint8) for piece in pieces)))
-    return rendered
-
-
-def render_chat(messages, tokenizer):
-    """Tokens (uint32) of a chat in the harmony format, and which of them the loss counts (bool).
-
-    Counted is what the model itself must produce, on any channel: after the prompt's <|start|>assistant, everything up to
-    <|return|> or <|call|>, with the <|end|><|start|>assistant between two messages of one turn. A turn that another message
-    follows closes with <|end|>, where the model had written <|return|>; that <|end|> is not counted, or the model would learn
-    to run on past its answer."""
-    of_bytes = tokenizer.name == ByteTokenizer.name
-    rendered = (render_bytes if of_bytes else render_harmony)(harmony_messages(messages))
-    tokens, counted, same_turn = [], [], False
-    for (role, opening, middle, closing), following in zip(rendered, [*rendered[1:], None]):
-        ends = tokenizer.decode(closing.tolist()) == "<|end|>"  # not <|return|>, not <|call|>
-        goes_on = ends and role == "assistant" and following is not None and following[0] == "assistant"
-        for piece, counts in (opening, same_turn), (middle, True), (closing, goes_on or not ends or following is None):
-            tokens.append(piece)
-            counted.append(np.full(len(piece), role == "assistant" and counts))
-        same_turn = goes_on
-    if of_bytes:
-        tokens.append([tokenizer.end])
-        counted.append(counted[-1][-1:])
-    return np.concatenate(tokens).astype(np.uint32), np.concatenate(counted)
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Writing a corpus
@@ -210,7 +44,9 @@ def render_chat(messages, tokenizer):
 def encode_text(text, tokenizer):
     if not isinstance(text, str) or not text:
         raise ValueError("the text is empty" if text == "" else '"text" must be a string')
-    text.encode("utf-8")  # half a surrogate pair, which JSON can hold, is no text: a UnicodeEncodeError
+    text.encode(
+        "utf-8"
+    )  # half a surrogate pair, which JSON can hold, is no text: a UnicodeEncodeError
     tokens = np.array(tokenizer.encode(text) + [tokenizer.end], np.uint32)
     return tokens, np.ones(len(tokens), bool)
 
@@ -224,7 +60,11 @@ def encode_document(document, tokenizer_name):
         record = {"text": text} if number is None else json.loads(text)
         if not isinstance(record, dict) or ("text" in record) == ("messages" in record):
             raise ValueError('needs a JSON object with either "text" or "messages"')
-        encoded = encode_text(record["text"], tokenizer) if "text" in record else render_chat(record["messages"], tokenizer)
+        encoded = (
+            encode_text(record["text"], tokenizer)
+            if "text" in record
+            else render_chat(record["messages"], tokenizer)
+        )
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
     except (ValueError, RecursionError) as error:  # Unicode errors are ValueErrors
@@ -238,7 +78,11 @@ def read_documents(paths):
             if path.lower().endswith(".txt"):
                 yield path, None, file.read()
             else:
-                yield from ((path, number, line) for number, line in enumerate(file, start=1) if line.strip())
+                yield from (
+                    (path, number, line)
+                    for number, line in enumerate(file, start=1)
+                    if line.strip()
+                )
 
 
 def write_corpus(paths, out, tokenizer_name="o200k_harmony"):
@@ -248,15 +92,25 @@ def write_corpus(paths, out, tokenizer_name="o200k_harmony"):
     out = os.path.normpath(out)
     for path in paths:
         if not path.lower().endswith((".txt", ".jsonl")):
-            raise ValueError(f"{path}: needs to be a .txt (one document) or a .jsonl (one document a line)")
+            raise ValueError(
+                f"{path}: needs to be a .txt (one document) or a .jsonl (one document a line)"
+            )
         open(path, "rb").close()  # missing or unreadable: now, not after hours
     if os.path.lexists(out):
         raise ValueError(f"--out={out}: is there already: remove it or choose another name")
-    tokenizer = get_tokenizer(tokenizer_name)  # loaded, perhaps downloaded, once: before there are workers
+    tokenizer = get_tokenizer(
+        tokenizer_name
+    )  # loaded, perhaps downloaded, once: before there are workers
     encode = functools.partial(encode_document, tokenizer_name=tokenizer_name)
     size = sum(os.path.getsize(path) for path in paths)
     workers = min(os.cpu_count(), 1 + (size >> 20))
-    meta = {"tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size, "documents": 0, "tokens": 0, "counted": 0}
+    meta = {
+        "tokenizer": tokenizer.name,
+        "vocab_size": tokenizer.vocab_size,
+        "documents": 0,
+        "tokens": 0,
+        "counted": 0,
+    }
     partial = f"{out}.partial-{os.getpid()}"
     try:
         os.makedirs(partial)
@@ -269,7 +123,9 @@ def write_corpus(paths, out, tokenizer_name="o200k_harmony"):
             tqdm(total=size, unit="B", unit_scale=True, desc=out) as bar,
         ):
             documents_file.write(np.array(0, "<u8"))
-            for tokens, counted, bytes_read in pool.imap(encode, read_documents(paths), chunksize=32):
+            for tokens, counted, bytes_read in pool.imap(
+                encode, read_documents(paths), chunksize=32
+            ):
                 meta["documents"] += 1
                 meta["tokens"] += len(tokens)
                 meta["counted"] += int(counted.sum())
@@ -300,7 +156,10 @@ def open_pydoc(held_out):
     if not held_out:
         # Topics quote one another at length: what a held-out one says leaves the others too, or training would see it.
         seen = {" ".join(part.split()) for text in kept for part in text.split("\n\n")}
-        kept = ["\n\n".join(part for part in text.split("\n\n") if " ".join(part.split()) not in seen) for text in texts]
+        kept = [
+            "\n\n".join(part for part in text.split("\n\n") if " ".join(part.split()) not in seen)
+            for text in texts
+        ]
     encoded = [encode_text(text, ByteTokenizer())[0] for text in kept if text]
     tokens, documents = np.concatenate(encoded), np.cumsum([0, *map(len, encoded)])
     return ByteTokenizer, tokens, documents, np.ones(len(tokens), "u1")
@@ -309,7 +168,9 @@ def open_pydoc(held_out):
 def map_array(path, dtype, length):
     size, expected = path.stat().st_size, length * np.dtype(dtype).itemsize
     if size != expected:
-        raise ValueError(f"{path}: {size} bytes where meta.json promises {expected}: copy or encode the corpus again")
+        raise ValueError(
+            f"{path}: {size} bytes where meta.json promises {expected}: copy or encode the corpus again"
+        )
     return np.memmap(path, dtype, mode="r")
 
 
@@ -320,7 +181,11 @@ def open_corpus(path):
     folder = Path(path)
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        tokenizer, length, count = TOKENIZERS[meta["tokenizer"]], int(meta["tokens"]), int(meta["documents"])
+        tokenizer, length, count = (
+            TOKENIZERS[meta["tokenizer"]],
+            int(meta["tokens"]),
+            int(meta["documents"]),
+        )
         if min(length, count) < 1:
             raise ValueError(f"{folder / 'meta.json'}: the corpus is empty")
         tokens = map_array(folder / "tokens.bin", "<u4", length)
@@ -333,11 +198,17 @@ def open_corpus(path):
             f"or one of pydoc, pydoc-val"
         ) from None
     except (KeyError, TypeError, RecursionError, UnicodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder / 'meta.json'}: is not what data.py writes ({error!r}): encode the corpus again") from error
+        raise ValueError(
+            f"{folder / 'meta.json'}: is not what data.py writes ({error!r}): encode the corpus again"
+        ) from error
     if documents[0] != 0 or documents[-1] != length or (np.diff(documents) <= 0).any():
-        raise ValueError(f"{folder / 'documents.bin'}: must rise from 0 to {length}: encode the corpus again")
+        raise ValueError(
+            f"{folder / 'documents.bin'}: must rise from 0 to {length}: encode the corpus again"
+        )
     if (highest := tokens.max()) >= tokenizer.vocab_size:  # read from end to end, but never held
-        raise ValueError(f"{folder / 'tokens.bin'}: token {highest} is outside {tokenizer.name}'s {tokenizer.vocab_size}")
+        raise ValueError(
+            f"{folder / 'tokens.bin'}: token {highest} is outside {tokenizer.name}'s {tokenizer.vocab_size}"
+        )
     return tokenizer, tokens, documents, counted
 
 
@@ -387,7 +258,9 @@ class TokenData:
             if type(value) is not int or value < least:
                 raise ValueError(f"{name}={value!r}: needs a whole number, {least} or more")
         if long_documents not in ("cut", "drop"):
-            raise ValueError(f'long_documents={long_documents!r}: choose "cut" (into pieces of seq_len) or "drop"')
+            raise ValueError(
+                f'long_documents={long_documents!r}: choose "cut" (into pieces of seq_len) or "drop"'
+            )
         tokenizer, self.stream, documents, self.counted_stream = open_corpus(path)
         self.path, self.seq_len, self.seed = path, seq_len, seed
         self.tokenizer, self.vocab_size = tokenizer.name, tokenizer.vocab_size
@@ -401,8 +274,13 @@ class TokenData:
         pairs = ends - starts - 1
         used = (pairs <= seq_len) | (long_documents == "cut")
         self.documents, self.tokens, self.dropped = len(pairs), len(self.stream), int((~used).sum())
-        in_dropped = sum(np.count_nonzero(self.counted_stream[a + 1 : b]) for a, b in zip(starts[~used], ends[~used]))
-        no_targets = np.count_nonzero(self.counted_stream[starts])  # a document's first token is none
+        in_dropped = sum(
+            np.count_nonzero(self.counted_stream[a + 1 : b])
+            for a, b in zip(starts[~used], ends[~used])
+        )
+        no_targets = np.count_nonzero(
+            self.counted_stream[starts]
+        )  # a document's first token is none
         self.counted = np.count_nonzero(self.counted_stream) - no_targets - in_dropped
         if not self.counted:
             raise ValueError(
@@ -419,7 +297,9 @@ class TokenData:
         by_row = np.argsort(row_of, kind="stable")
         self.piece_starts = (np.repeat(starts, pieces) + offsets)[by_row]
         self.piece_lengths = lengths[by_row]
-        self.row_starts = np.searchsorted(row_of[by_row], np.arange(self.rows_per_epoch + 1))  # in the two above
+        self.row_starts = np.searchsorted(
+            row_of[by_row], np.arange(self.rows_per_epoch + 1)
+        )  # in the two above
         self.padding = 1 - int(lengths.sum()) / (self.rows_per_epoch * seq_len)
         self.epoch, self.epoch_order = None, None
 
@@ -454,7 +334,9 @@ class TokenData:
             filled = lengths.sum()
             where = np.arange(filled) + np.repeat(starts - firsts, lengths)  # in the stream
             tokens[b, :filled] = self.stream[where]
-            targets[b, :filled] = np.where(self.counted_stream[where + 1], self.stream[where + 1].astype(np.int64), IGNORED)
+            targets[b, :filled] = np.where(
+                self.counted_stream[where + 1], self.stream[where + 1].astype(np.int64), IGNORED
+            )
             documents[b] = np.searchsorted(firsts, np.arange(self.seq_len), side="right") - 1
         return torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(documents)
 
@@ -463,17 +345,30 @@ class TokenData:
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Encode text or chat into a corpus to train on.", allow_abbrev=False)
-    parser.add_argument("inputs", nargs="+", help=".txt (one document) or .jsonl (one document a line)")
+    parser = argparse.ArgumentParser(
+        description="Encode text or chat into a corpus to train on.", allow_abbrev=False
+    )
+    parser.add_argument(
+        "inputs", nargs="+", help=".txt (one document) or .jsonl (one document a line)"
+    )
     parser.add_argument("--out", required=True, help="the folder to write")
-    parser.add_argument("--tokenizer", default=HarmonyTokenizer.name, choices=TOKENIZERS, help="default: %(default)s")
-    parser.add_argument("--seq_len", type=int, help="also say how the documents fill rows of this many tokens")
+    parser.add_argument(
+        "--tokenizer",
+        default=HarmonyTokenizer.name,
+        choices=TOKENIZERS,
+        help="default: %(default)s",
+    )
+    parser.add_argument(
+        "--seq_len", type=int, help="also say how the documents fill rows of this many tokens"
+    )
     options = parser.parse_args()
     if options.seq_len is not None and options.seq_len < 2:
         parser.error(f"--seq_len={options.seq_len}: 2 or more")
     try:
         meta = write_corpus(options.inputs, options.out, options.tokenizer)
-        print(f"{options.out}: {meta['documents']:,} documents, {meta['tokens']:,} tokens, {meta['counted']:,} counted")
+        print(
+            f"{options.out}: {meta['documents']:,} documents, {meta['tokens']:,} tokens, {meta['counted']:,} counted"
+        )
         if options.seq_len is not None:
             print(TokenData(options.out, options.seq_len).describe())
     except KeyboardInterrupt:

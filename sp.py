@@ -23,7 +23,9 @@ import functools
 import torch
 import torch.distributed as dist
 
-ROW_BYTES = 2**24  # a rank's part of a sequence: from here on a call for each costs a GPU less than the copies that make one of all
+ROW_BYTES = (
+    2**24
+)  # a rank's part of a sequence: from here on a call for each costs a GPU less than the copies that make one of all
 _group = None  # the ranks that share each sequence; None: this rank has its sequences to itself
 
 
@@ -98,7 +100,9 @@ def repeat_kv(x):
     if K % n == 0:
         return x
     if n % K:
-        raise ValueError(f"sp={n} must divide, or be a multiple of, the number of key-value heads, {K}")
+        raise ValueError(
+            f"sp={n} must divide, or be a multiple of, the number of key-value heads, {K}"
+        )
     return x.repeat_interleave(n // K, dim=2)
 
 
@@ -145,7 +149,9 @@ def gather_sequence(x):
     """(B, S/n) -> (B, S) on every rank. For integers such as document numbers: no gradient."""
     if size() == 1:
         return x
-    slices = _AllToAll.apply(x[:, None].expand(-1, size(), -1))  # (B, n, S/n): every rank is sent the same
+    slices = _AllToAll.apply(
+        x[:, None].expand(-1, size(), -1)
+    )  # (B, n, S/n): every rank is sent the same
     return slices.flatten(1, 2)
 
 

@@ -14,14 +14,16 @@ tokens in the same order, and a resumed run goes on as if it had never stopped.
 
 import os
 
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read when torch is imported; fewer holes in memory
+os.environ.setdefault(
+    "PYTORCH_ALLOC_CONF", "expandable_segments:True"
+)  # read when torch is imported; fewer holes in memory
 
 import dataclasses
 import json
 import math
 import sys
 import time
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -32,11 +34,14 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import sample
 import sp
-from checkpoint import COMPANIONS, HF_CONFIG, States, copy_companions, load_weights, save_weights
-from guards import Stop, describe_bad_step, fail, hold, keep_pulse, meeting_point
-from memory import BYTES, HostMemory, ReduceScatter, SplitAdamW, adds_in_bf16, estimate, recomputed_flops
+from loop.budget import adds_in_bf16, arithmetic, dry_run, flops_of, peak_flops
+from loop.guards import Stop, describe_bad_step, fail, hold, keep_pulse, meeting_point
+from loop.log import Log, format_line
+from loop.memory import HostMemory, ReduceScatter, SplitAdamW
+from loop.options import check_files, check_new, check_ranks, check_same_run, model_config, parse
+from loop.states import States
 from model import GPTOSS, IGNORED
-from options import check_files, check_new, check_ranks, check_same_run, model_config, parse
+from weights import COMPANIONS, HF_CONFIG, copy_companions, load_weights, save_weights
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Ranks, model, optimizer
@@ -50,11 +55,24 @@ def start_ranks(options):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     timeout, backend = timedelta(seconds=options.timeout), "nccl" if cuda else "gloo"
-    dist.init_process_group(backend, timeout=timeout, device_id=device if cuda else None, **meeting_point(options.timeout))
+    dist.init_process_group(
+        backend,
+        timeout=timeout,
+        device_id=device if cuda else None,
+        **meeting_point(options.timeout),
+    )
     keep_pulse()
     ranks = dist.get_world_size()
-    sp.init(init_device_mesh(device.type, (ranks // options.sp, options.sp), mesh_dim_names=("batch", "sp"))["sp"])
-    return device, init_device_mesh(device.type, (options.replicas, ranks // options.replicas), mesh_dim_names=("replica", "shard"))
+    sp.init(
+        init_device_mesh(
+            device.type, (ranks // options.sp, options.sp), mesh_dim_names=("batch", "sp")
+        )["sp"]
+    )
+    return device, init_device_mesh(
+        device.type,
+        (options.replicas, ranks // options.replicas),
+        mesh_dim_names=("replica", "shard"),
+    )
 
 
 def build_model(options, config, device, mesh, dtype):
@@ -64,14 +82,22 @@ def build_model(options, config, device, mesh, dtype):
     stored = torch.float32 if options.optimizer == "fp32" else torch.bfloat16
     in_bf16 = dtype == torch.bfloat16 and adds_in_bf16(mesh.size(), options.optimizer)
     reduce_dtype = torch.bfloat16 if in_bf16 else torch.float32
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)  # rotary tables: fp32
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False
+    )  # rotary tables: fp32
     mesh = mesh if options.replicas > 1 else mesh["shard"]
     model = model.to(stored)
     for module in [*model.blocks, model]:
         fully_shard(module, mesh=mesh, mp_policy=policy)
-        module.set_gradient_divide_factor(1.0)  # the loss is divided by the global count of targets: gradients just add up
-        module.set_force_sum_reduction_for_comms(True)  # FSDP would ask for NCCL's scaled sum, which gloo does not have
-        if reduce_dtype == stored:  # the sums are the gradients: let their memory serve the next forward
+        module.set_gradient_divide_factor(
+            1.0
+        )  # the loss is divided by the global count of targets: gradients just add up
+        module.set_force_sum_reduction_for_comms(
+            True
+        )  # FSDP would ask for NCCL's scaled sum, which gloo does not have
+        if (
+            reduce_dtype == stored
+        ):  # the sums are the gradients: let their memory serve the next forward
             module.set_custom_reduce_scatter(ReduceScatter(module, device))
     model.to_empty(device=device)
     if options.checkpoint:
@@ -82,16 +108,24 @@ def build_model(options, config, device, mesh, dtype):
 
 
 def build_optimizer(options, model):
-    matrix = {n: n.endswith("weight") and not n.endswith("norm.weight") for n, _ in model.named_parameters()}
+    matrix = {
+        n: n.endswith("weight") and not n.endswith("norm.weight")
+        for n, _ in model.named_parameters()
+    }
     groups = [
-        {"params": [p for n, p in model.named_parameters() if matrix[n]], "weight_decay": options.weight_decay},
+        {
+            "params": [p for n, p in model.named_parameters() if matrix[n]],
+            "weight_decay": options.weight_decay,
+        },
         {"params": [p for n, p in model.named_parameters() if not matrix[n]], "weight_decay": 0.0},
     ]
     settings = {"lr": options.lr, "betas": (options.beta1, options.beta2)}
     if options.optimizer == "split":
         return SplitAdamW(groups, **settings)
     optimizer = torch.optim.AdamW(groups, **settings, fused=True)
-    for p in model.parameters():  # now, not at the first step, so that a saved state has somewhere to go
+    for p in (
+        model.parameters()
+    ):  # now, not at the first step, so that a saved state has somewhere to go
         step, zeros = torch.zeros((), device=p.device), torch.zeros_like(p)
         optimizer.state[p] = {"step": step, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
     return optimizer
@@ -101,13 +135,17 @@ def training_state(model, optimizer):
     """{name: DTensor} of all that a resumed run needs."""
     tensors = {name: p.detach() for name, p in model.named_parameters()}
     for name, p in model.named_parameters():
-        tensors |= {f"{key}.{name}": value for key, value in optimizer.state[p].items() if key != "step"}
+        tensors |= {
+            f"{key}.{name}": value for key, value in optimizer.state[p].items() if key != "step"
+        }
     return tensors
 
 
 def gradient_norm_squared(model):
     """This rank's part of the squared norm of all gradients, fp32."""
-    norms = [torch.linalg.vector_norm(p.grad.to_local(), dtype=torch.float32) for p in model.parameters()]
+    norms = [
+        torch.linalg.vector_norm(p.grad.to_local(), dtype=torch.float32) for p in model.parameters()
+    ]
     return torch.stack(norms).double().square().sum()
 
 
@@ -116,7 +154,9 @@ def learning_rate(options, step):
     if step < options.warmup_steps:
         return options.lr * (step + 1) / options.warmup_steps
     done = (step - options.warmup_steps) / max(1, options.steps - options.warmup_steps)
-    return options.lr * (options.final_lr + (1 - options.final_lr) * (1 + math.cos(math.pi * done)) / 2)
+    return options.lr * (
+        options.final_lr + (1 - options.final_lr) * (1 + math.cos(math.pi * done)) / 2
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -135,7 +175,10 @@ def to_model(batch, device):
     """This rank's slice of whole rows: tokens, targets, and documents, or None where no row has a second one, because a
     plain causal mask has the fastest kernel."""
     tokens, targets, documents = batch
-    return [x if x is None else x.to(device) for x in sp.shard(tokens, targets, documents if documents.any() else None)]
+    return [
+        x if x is None else x.to(device)
+        for x in sp.shard(tokens, targets, documents if documents.any() else None)
+    ]
 
 
 def all_sum(*numbers, device):
@@ -148,13 +191,18 @@ def all_sum(*numbers, device):
 @torch.no_grad()
 def evaluate(options, model, data, device):
     """Mean loss over the first eval_rows rows of `data`, all ranks together. Does not depend on the number of ranks."""
-    last, rows = min(options.eval_rows, data.rows_per_epoch), dist.get_world_size() // options.sp * options.micro_batch
+    last, rows = (
+        min(options.eval_rows, data.rows_per_epoch),
+        dist.get_world_size() // options.sp * options.micro_batch,
+    )
     loss = count = 0
     for mine in my_rows(options, 0, math.ceil(last / rows) * rows):
         tokens, targets, documents = data.rows(mine)
         targets[[i >= last for i in mine]] = IGNORED  # every rank runs as often as the others
         count += (targets != IGNORED).sum() / options.sp
-        loss += model(*to_model((tokens, targets, documents), device), count=torch.ones((), device=device))
+        loss += model(
+            *to_model((tokens, targets, documents), device), count=torch.ones((), device=device)
+        )
     loss, count = all_sum(loss, count, device=device)
     return loss / max(count, 1)
 
@@ -168,132 +216,6 @@ def take_expert_load(model):
     return (load.amax(1) / load.mean(1)).mean().item()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Output
-
-
-PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}  # dense bf16 FLOP/s, from NVIDIA's data sheets
-
-
-def flops_of(config, documents):
-    """FLOPs of training on rows (B, S) of documents: attention stays inside each. See GPTOSSConfig.flops_per_token."""
-    lengths = [n for row in documents for n in row.unique_consecutive(return_counts=True)[1].tolist()]
-    return sum(n * config.flops_per_token(n) for n in lengths)
-
-
-def arithmetic(options, config, parameters, ranks):
-    """What a step is made of, in words. Its FLOPs are an upper bound: rows of several documents have less attention."""
-    groups, tokens = ranks // options.sp, options.batch_size * options.seq_len
-    flops = config.flops_per_token(options.seq_len)
-    again = recomputed_flops(config, options.seq_len, options.recompute, options.keep_blocks) / flops
-    return (
-        f"{parameters:,} parameters, optimizer {options.optimizer} at {sum(BYTES[options.optimizer])} bytes each\n"
-        f"{tokens:,} tokens a step = {options.batch_size // groups // options.micro_batch} micro-batches x {groups} groups of "
-        f"sp {options.sp} x {options.micro_batch} rows x {options.seq_len:,} tokens; "
-        f"{flops * tokens:.3g} FLOPs{f', and {again:.0%} more for what is recomputed' if again else ''}, "
-        "if each row is one document"
-    )
-
-
-def dry_run(options):
-    """Print what the run will need."""
-    ranks, config = int(os.environ.get("WORLD_SIZE", options.ranks)), model_config(options)
-    check_ranks(options, config, ranks)
-    if os.environ.get("RANK", "0") != "0":
-        return
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in GPTOSS(config).parameters())
-    shared = ("sp", "replicas", "seq_len", "micro_batch", "optimizer", "recompute", "keep_blocks", "offload")
-    micro_batches = options.batch_size * options.sp // (ranks * options.micro_batch)
-    settings = {name: getattr(options, name) for name in shared}
-    needs = estimate(config, parameters=parameters, ranks=ranks, micro_batches=micro_batches, **settings)
-    print(arithmetic(options, config, parameters, ranks))
-    for what, size in needs.items():
-        print(f"{size / 2**30:8.1f} GiB  {what}")
-    print(f"{sum(needs.values()) / 2**30:8.1f} GiB  peak of each of {ranks} GPUs, without what CUDA and NCCL take")
-    if options.offload:  # the last block's output goes there, too
-        hidden = options.micro_batch * options.seq_len // options.sp * config.hidden_size * 2
-        print(f"{hidden * (config.num_hidden_layers + 1) / 2**30:8.1f} GiB  of host memory for each GPU: the blocks' inputs")
-
-
-def peak_flops(device):
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((flops for gpu, flops in PEAK.items() if gpu in name), None)
-
-
-class Log:
-    """A line a step on the terminal, and as one JSON object in runs/NAME/metrics.jsonl. The first rank's business."""
-
-    def __init__(self, options, folder, step):
-        self.writes, self.file, self.wandb = dist.get_rank() == 0, folder / "metrics.jsonl", None
-        if self.writes and self.file.exists():  # without what was logged of steps that come again
-            kept = "".join(json.dumps(row) + "\n" for row in self.read() if row["step"] < step)
-            aside = self.file.with_name(".metrics.partial")
-            aside.write_text(kept)
-            aside.replace(self.file)
-        if self.writes and options.wandb:
-            import wandb
-
-            self.wandb = wandb.init(project="nano-gpt-oss", name=options.name, config=dataclasses.asdict(options))
-
-    def say(self, text):
-        if self.writes:
-            print(text, flush=True)
-
-    def read(self):
-        """The objects in metrics.jsonl. A kill or a full disk may have left half a line."""
-        rows = []
-        for line in self.file.read_text().splitlines():
-            with suppress(ValueError):
-                rows.append(json.loads(line))
-        return rows
-
-    def metrics(self, values):
-        if self.writes:
-            with open(self.file, "a") as file:
-                file.write(json.dumps(values) + "\n")
-        if self.wandb:
-            self.wandb.log(values, step=values["step"])
-
-    def plot(self):
-        """Draw loss.png if matplotlib is installed."""
-        if not self.writes:
-            return
-        try:
-            import matplotlib
-
-            matplotlib.use("agg")
-            from matplotlib import pyplot
-        except ImportError:
-            return
-        rows = self.read()
-        figure, axes = pyplot.subplots(figsize=(7, 4))
-        for key, label in (("loss", "training"), ("eval_loss", "held out")):
-            if points := [(r["step"], r[key]) for r in rows if key in r]:
-                axes.plot(*zip(*points), label=label, marker="o" if key == "eval_loss" else None)
-        axes.set(xlabel="step", ylabel="loss (nats per token)")
-        axes.legend()
-        try:
-            figure.savefig(self.file.with_name("loss.png"), dpi=120, bbox_inches="tight")
-        except Exception as error:  # a full disk, a matplotlib that is set up otherwise: no reason to fail a run
-            self.say(f"loss.png was not drawn: {str(error).splitlines()[0]}")
-
-
-def format_line(v):
-    """A step's metrics as a line."""
-    parts = [f"step {v['step']}", f"loss {v['loss']:.4f}", f"norm {v['grad_norm']:.3f}", f"lr {v['lr']:.2e}", f"{v['ms']:.0f} ms"]
-    parts.append(f"{v['tokens_per_s']:,.0f} tok/s ({v['tokens_per_s_per_rank']:,.0f} a rank)")
-    if "mfu" in v:
-        parts.append(f"mfu {v['mfu']:.1%}")
-    if "peak_gib" in v:
-        parts.append(f"{v['peak_gib']:.1f} GiB")
-    if v.get("alloc_retries"):
-        parts.append(f"memory nearly full, {v['alloc_retries']} stops so far")
-    parts += [f"load {v['expert_load']:.2f}", f"eta {timedelta(seconds=round(v['eta_s']))}"]
-    return " | ".join(parts)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # The run
 
 
@@ -302,7 +224,9 @@ def train(options):
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
-    torch._dynamo.config.fail_on_recompile_limit_hit = True  # or FlexAttention would fall back to S x S in silence
+    torch._dynamo.config.fail_on_recompile_limit_hit = (
+        True  # or FlexAttention would fall back to S x S in silence
+    )
     ranks, first = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("RANK", "0") == "0"
     config = model_config(options)
     check_ranks(options, config, ranks)
@@ -325,9 +249,24 @@ def train(options):
 
     # where to begin
     states, tensors = States(folder / "states", options.keep), training_state(model, optimizer)
-    fixed = ("data", "seed", "seq_len", "batch_size", "long_documents", "optimizer")  # what may not change when a run goes on
-    identity = dataclasses.asdict(config) | {name: getattr(options, name) for name in fixed} | {"tokens in data": data.tokens}
-    saved = (states.newest() if options.resume else None) or {"step": 0, "updates": 0, "identity": identity}
+    fixed = (
+        "data",
+        "seed",
+        "seq_len",
+        "batch_size",
+        "long_documents",
+        "optimizer",
+    )  # what may not change when a run goes on
+    identity = (
+        dataclasses.asdict(config)
+        | {name: getattr(options, name) for name in fixed}
+        | {"tokens in data": data.tokens}
+    )
+    saved = (states.newest() if options.resume else None) or {
+        "step": 0,
+        "updates": 0,
+        "identity": identity,
+    }
     check_same_run(folder, saved["identity"], identity)
     if saved["step"]:
         states.load(saved["step"], tensors)
@@ -347,8 +286,13 @@ def train(options):
     while step < options.steps:
         # the gradient of the mean over all counted targets of the step, whichever rank and micro-batch they are in
         start = time.perf_counter()
-        batches = [data.rows(mine) for mine in my_rows(options, step * options.batch_size, options.batch_size)]
-        counted = sum((targets != IGNORED).sum() for _, targets, _ in batches) / options.sp  # all sp ranks count the same rows
+        batches = [
+            data.rows(mine)
+            for mine in my_rows(options, step * options.batch_size, options.batch_size)
+        ]
+        counted = (
+            sum((targets != IGNORED).sum() for _, targets, _ in batches) / options.sp
+        )  # all sp ranks count the same rows
         (count,) = all_sum(counted, device=device)
         loss, count = 0, torch.tensor(count, device=device)
         for batch in batches:
@@ -357,7 +301,9 @@ def train(options):
             share.backward()
             loss += share.detach()
         flops = sum(flops_of(config, documents) for _, _, documents in batches) / options.sp
-        squares = gradient_norm_squared(model) / options.replicas  # all replicas have the same gradients
+        squares = (
+            gradient_norm_squared(model) / options.replicas
+        )  # all replicas have the same gradients
         loss, norm, flops, asked_to_stop = all_sum(loss, squares, flops, stop.asked, device=device)
         norm = math.sqrt(norm)
 
@@ -371,7 +317,9 @@ def train(options):
             updates, skipped = updates + 1, 0
         else:
             skipped += 1
-            log.say(f"step {step}: loss {loss}, gradient norm {norm}: update skipped, {skipped} in a row")
+            log.say(
+                f"step {step}: loss {loss}, gradient norm {norm}: update skipped, {skipped} in a row"
+            )
             if skipped == options.bad_steps:
                 raise FloatingPointError(describe_bad_step(model, step, options))
         optimizer.zero_grad()
@@ -381,19 +329,26 @@ def train(options):
         values["expert_load"] = take_expert_load(model)  # waits for the GPU: the step ends here
         seconds = time.perf_counter() - start
         values |= {"ms": seconds * 1000, "tokens_per_s": tokens_a_step / seconds}
-        values |= {"tokens_per_s_per_rank": tokens_a_step / seconds / ranks, "eta_s": seconds * (options.steps - step - 1)}
+        values |= {
+            "tokens_per_s_per_rank": tokens_a_step / seconds / ranks,
+            "eta_s": seconds * (options.steps - step - 1),
+        }
         if peak:
             values["mfu"] = flops / seconds / ranks / peak
         if device.type == "cuda":
             values["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-            values["alloc_retries"] = torch.cuda.memory_stats()["num_alloc_retries"]  # so far; each stops the GPU for a while
+            values["alloc_retries"] = torch.cuda.memory_stats()[
+                "num_alloc_retries"
+            ]  # so far; each stops the GPU for a while
         step += 1
         last = step == options.steps or asked_to_stop > 0
         if step % options.log_every == 0 or last:
             log.say(format_line(values))
         log.metrics(values)  # before the state: a step that is saved is in the log
         if (options.save_every and (step % options.save_every == 0 or last)) or asked_to_stop:
-            stall = states.save(step, tensors, {"step": step, "updates": updates, "identity": identity})
+            stall = states.save(
+                step, tensors, {"step": step, "updates": updates, "identity": identity}
+            )
             log.say(f"saving the state after step {step - 1}, stalled {stall:.2f} s")
         if asked_to_stop and step < options.steps:
             break
@@ -418,7 +373,14 @@ def train(options):
     if options.sample and step == options.steps:
         sp.init(None)  # the first rank alone
         if first:
-            sample.write(folder, options.sample, chat=False, max_tokens=options.sample_tokens, temperature=0.8, device=device)
+            sample.write(
+                folder,
+                options.sample,
+                chat=False,
+                max_tokens=options.sample_tokens,
+                temperature=0.8,
+                device=device,
+            )
     dist.barrier()
     dist.destroy_process_group()
 

@@ -24,7 +24,12 @@ log_every = 20
 
 def _chats():
     """(question, answer) of each chat. A row of `ways` and a row of `keywords` meet in every combination."""
-    ways = ["Which keyword {}?", "Name the keyword that {}.", "What do I write if my code {}?", "I want a statement that {}."]
+    ways = [
+        "Which keyword {}?",
+        "Name the keyword that {}.",
+        "What do I write if my code {}?",
+        "I want a statement that {}.",
+    ]
     keywords = {
         "import": "loads a module",
         "def": "defines a function",
@@ -42,7 +47,11 @@ def _chats():
         "await": "waits for a coroutine",
         "lambda": "writes a function in one line",
     }
-    return [(way.format(does), f"It is {keyword}.") for keyword, does in keywords.items() for way in ways]
+    return [
+        (way.format(does), f"It is {keyword}.")
+        for keyword, does in keywords.items()
+        for way in ways
+    ]
 
 
 if __name__ == "__main__":  # python configs/finetune_chat.py FILE
@@ -51,11 +60,16 @@ if __name__ == "__main__":  # python configs/finetune_chat.py FILE
     from pathlib import Path
 
     if len(sys.argv) != 2:
-        raise SystemExit("say where the chats shall go: python configs/finetune_chat.py data/chat.jsonl")
+        raise SystemExit(
+            "say where the chats shall go: python configs/finetune_chat.py data/chat.jsonl"
+        )
     path = Path(sys.argv[1])
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
         for number, (question, answer) in enumerate(_chats()):
             if number % 11 != 5:  # those are kept back
-                messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+                messages = [
+                    {"role": "user", "content": question},
+                    {"role": "assistant", "content": answer},
+                ]
                 file.write(json.dumps({"messages": messages}) + "\n")

@@ -13,7 +13,9 @@ seq_len = 64 * 1024
 batch_size = 8  # 524,288 tokens a step = 1 micro-batch x 8 groups x 1 row x 65,536 tokens: weights are gathered once
 micro_batch = 1
 
-optimizer = "split"  # 1.17 TB over sixteen GPUs: 73 GB each; a copy a node (replicas = 2) would need 146
+optimizer = (
+    "split"  # 1.17 TB over sixteen GPUs: 73 GB each; a copy a node (replicas = 2) would need 146
+)
 recompute = "attention"  # 119 GiB of 140 by the dry run
 
 steps = 200

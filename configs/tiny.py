@@ -3,7 +3,10 @@
 torchrun --nproc_per_node 2 train.py configs/tiny.py
 """
 
-data, eval_data = "pydoc", "pydoc-val"  # bytes: the vocabulary is 256 of them and an end-of-document token
+data, eval_data = (
+    "pydoc",
+    "pydoc-val",
+)  # bytes: the vocabulary is 256 of them and an end-of-document token
 vocab_size = 257
 
 num_hidden_layers = 4

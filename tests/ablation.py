@@ -22,8 +22,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import bench  # noqa: E402
 import model as gptoss  # noqa: E402
 
-LEAVES = ["rms_norm", "split_and_rotate", "fold_sinks", "sink_gradient", "swiglu", "swiglu_backward_", "combine", "gather_sum"]
-LEAVES += ["pick_logprobs", "logits_gradient_"]  # all that is @fused, but for FlexAttention, which must be
+LEAVES = [
+    "rms_norm",
+    "split_and_rotate",
+    "fold_sinks",
+    "sink_gradient",
+    "swiglu",
+    "swiglu_backward_",
+    "combine",
+    "gather_sum",
+]
+LEAVES += [
+    "pick_logprobs",
+    "logits_gradient_",
+]  # all that is @fused, but for FlexAttention, which must be
 
 
 def experts_by_autograd(x, experts, weights, w1, b1, w2, b2, limit, keep_hidden):
@@ -31,7 +43,9 @@ def experts_by_autograd(x, experts, weights, w1, b1, w2, b2, limit, keep_hidden)
     order, expert, ends, _ = gptoss.sort_by_expert(experts, len(w1))
     h = F.grouped_mm(x[order // k], w1, offs=ends)
     y = F.grouped_mm(gptoss.swiglu(h, b1, expert, limit), w2, offs=ends) + b2[expert]
-    return torch.zeros_like(x).index_add_(0, order // k, (y * weights.flatten()[order, None]).to(x.dtype))
+    return torch.zeros_like(x).index_add_(
+        0, order // k, (y * weights.flatten()[order, None]).to(x.dtype)
+    )
 
 
 def router_in_fp32(x, weight, bias):
@@ -47,7 +61,9 @@ def instead(**names):
     context = ExitStack()
     for name, value in names.items():
         owner, _, attribute = name.rpartition("__")
-        context.enter_context(patch.object(getattr(gptoss, owner) if owner else gptoss, attribute, value))
+        context.enter_context(
+            patch.object(getattr(gptoss, owner) if owner else gptoss, attribute, value)
+        )
     return context
 
 
@@ -58,29 +74,60 @@ class NeverReplaying(gptoss.Recompute):
 
 
 CHANGES = [  # what, what is recomputed beside it, and how
-    ("leaves as written, not compiled", "none", lambda: instead(**{name: getattr(gptoss, name).__wrapped__ for name in LEAVES})),
-    ("FlexAttention on full layers, not cuDNN", "none", lambda: instead(cudnn_refuses=lambda *_: "it is left out")),
+    (
+        "leaves as written, not compiled",
+        "none",
+        lambda: instead(**{name: getattr(gptoss, name).__wrapped__ for name in LEAVES}),
+    ),
+    (
+        "FlexAttention on full layers, not cuDNN",
+        "none",
+        lambda: instead(cudnn_refuses=lambda *_: "it is left out"),
+    ),
     ("experts by autograd", "none", lambda: instead(ExpertsFunction__apply=experts_by_autograd)),
     ("experts again in the second run", "all", lambda: instead(Recompute=NeverReplaying)),
     ("router in fp32", "none", lambda: instead(RouterLogits__apply=router_in_fp32)),
-    ("loss's gradient in the backward", "none", lambda: instead(CrossEntropy__apply=loss_in_the_backward)),
+    (
+        "loss's gradient in the backward",
+        "none",
+        lambda: instead(CrossEntropy__apply=loss_in_the_backward),
+    ),
     ("LOSS_ROWS = 1024", "none", lambda: instead(LOSS_ROWS=1024)),
     ("LOSS_ROWS = 4096", "none", lambda: instead(LOSS_ROWS=4096)),
     ("EXPERT_TOKENS = 8192", "none", lambda: instead(EXPERT_TOKENS=8192)),
 ]
-COLUMNS = [("change", "what", "<40"), ("tokens", "row", ">8"), ("recompute", "recompute", ">11"), ("s", "seconds", ">9.4f")]
-COLUMNS += [("longer by", "longer", ">11.1%"), ("peak GiB", "peak_gib", ">10.1f"), ("more by", "more_gib", ">9.1f")]
+COLUMNS = [
+    ("change", "what", "<40"),
+    ("tokens", "row", ">8"),
+    ("recompute", "recompute", ">11"),
+    ("s", "seconds", ">9.4f"),
+]
+COLUMNS += [
+    ("longer by", "longer", ">11.1%"),
+    ("peak GiB", "peak_gib", ">10.1f"),
+    ("more by", "more_gib", ">9.1f"),
+]
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=bench.parse_rows, default="8K,32K" if bench.GPU else "64", help="lengths")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--rows", type=bench.parse_rows, default="8K,32K" if bench.GPU else "64", help="lengths"
+    )
     parser.add_argument("--layers", type=int, default=6 if bench.GPU else 2)
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"), metavar="DIR")
     options = parser.parse_args(arguments)
-    config = replace(gptoss.GPTOSSConfig() if bench.GPU else bench.TINY, num_hidden_layers=options.layers)
-    results = bench.Results(options.out / "ablation.json", machine=bench.machine(), layers=options.layers, rows=[])
-    bench.say(f"{results['machine']['device']}, torch {torch.__version__}, {options.layers} layers, forward and backward")
+    config = replace(
+        gptoss.GPTOSSConfig() if bench.GPU else bench.TINY, num_hidden_layers=options.layers
+    )
+    results = bench.Results(
+        options.out / "ablation.json", machine=bench.machine(), layers=options.layers, rows=[]
+    )
+    bench.say(
+        f"{results['machine']['device']}, torch {torch.__version__}, {options.layers} layers, forward and backward"
+    )
     bench.say_row(COLUMNS)
     model = bench.build_ours(config)
 

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessException, start_processes
 
-from checkpoint import copy_rows
 from model import GPTOSS, IGNORED, GPTOSSConfig
+from weights import copy_rows
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Models and batches
@@ -46,7 +46,9 @@ def tiny_config(**changes):
 
 def random_bf16(x, generator):
     """fp32 -> the value in bf16 above or below, at random, the nearer the likelier."""
-    random = torch.randint(1 << 16, x.shape, generator=generator, dtype=torch.int32, device=x.device)
+    random = torch.randint(
+        1 << 16, x.shape, generator=generator, dtype=torch.int32, device=x.device
+    )
     return ((x.view(torch.int32) + random) & -(1 << 16)).view(torch.float32)
 
 
@@ -101,7 +103,9 @@ def assert_all_close(actual, expected, tolerance):
     """Two dictionaries of tensors: equal keys, and for each a relative error of at most `tolerance`."""
     assert actual.keys() == expected.keys()
     errors = {name: relative(actual[name], expected[name]) for name in expected}
-    wrong = {name: error for name, error in errors.items() if not error <= tolerance}  # so that NaN is wrong
+    wrong = {
+        name: error for name, error in errors.items() if not error <= tolerance
+    }  # so that NaN is wrong
     assert not wrong, f"relative errors over {tolerance}: {wrong}"
 
 
@@ -124,8 +128,18 @@ def naive_experts(x, experts, weights, w1, b1, w2, b2, limit):
 def expert_inputs(N, k, used, dtype):
     """Seven experts, of which only those in `used` are chosen."""
     generator = torch.Generator().manual_seed(N)
-    experts = torch.stack([torch.tensor(used)[torch.randperm(len(used), generator=generator)[:k]] for _ in range(N)])
-    shapes = (N, 24), (N, k), (7, 24, 32), (7, 32), (7, 16, 24), (7, 24), (N, 24)  # bf16 wants sizes that 8 divides
+    experts = torch.stack(
+        [torch.tensor(used)[torch.randperm(len(used), generator=generator)[:k]] for _ in range(N)]
+    )
+    shapes = (
+        (N, 24),
+        (N, k),
+        (7, 24, 32),
+        (7, 32),
+        (7, 16, 24),
+        (7, 24),
+        (N, 24),
+    )  # bf16 wants sizes that 8 divides
     x, weights, w1, b1, w2, b2, grad = (torch.randn(shape, generator=generator) for shape in shapes)
     tensors = [t.to(dtype) for t in (x, w1 / 5, b1, w2 / 4, b2, grad)]
     return experts, weights.softmax(-1), *tensors
@@ -171,12 +185,18 @@ def from_hugging_face(theirs):
         ours[block + "mlp_norm.weight"] = theirs[old + "post_attention_layernorm.weight"]
         ours[block + "attention.sinks"] = theirs[old + "self_attn.sinks"]
         for kind in ("weight", "bias"):
-            ours[block + f"attention.qkv.{kind}"] = torch.cat([theirs[old + f"self_attn.{x}_proj.{kind}"] for x in "qkv"])
+            ours[block + f"attention.qkv.{kind}"] = torch.cat(
+                [theirs[old + f"self_attn.{x}_proj.{kind}"] for x in "qkv"]
+            )
             ours[block + f"attention.out.{kind}"] = theirs[old + f"self_attn.o_proj.{kind}"]
             ours[block + f"mlp.router.{kind}"] = theirs[old + f"mlp.router.{kind}"]
         for kind, suffix in ("weight", ""), ("bias", "_bias"):
-            gate_up = theirs[old + f"mlp.experts.gate_up_proj{suffix}"]  # there gates and ups take turns
-            ours[block + f"mlp.gate_up_{kind}"] = torch.cat((gate_up[..., ::2], gate_up[..., 1::2]), dim=-1)
+            gate_up = theirs[
+                old + f"mlp.experts.gate_up_proj{suffix}"
+            ]  # there gates and ups take turns
+            ours[block + f"mlp.gate_up_{kind}"] = torch.cat(
+                (gate_up[..., ::2], gate_up[..., 1::2]), dim=-1
+            )
             ours[block + f"mlp.down_{kind}"] = theirs[old + f"mlp.experts.down_proj{suffix}"]
         layer += 1
     return ours
@@ -185,7 +205,9 @@ def from_hugging_face(theirs):
 def twins(config, seed=0, recompute="none"):
     """The same noise as a GPTOSS and as transformers' GptOssForCausalLM, whose attention and experts are the plain ones."""
     transformers = pytest.importorskip("transformers", reason="transformers is the reference")
-    theirs = hugging_face_config(config, attn_implementation="eager", experts_implementation="eager")
+    theirs = hugging_face_config(
+        config, attn_implementation="eager", experts_implementation="eager"
+    )
     theirs = noise_(transformers.GptOssForCausalLM(theirs), seed)
     for layer in theirs.model.layers:
         layer.mlp.experts.limit = config.swiglu_limit  # which 5.17 fixes at 7
@@ -195,7 +217,9 @@ def twins(config, seed=0, recompute="none"):
 
 
 def hugging_face_gradients(theirs):
-    return from_hugging_face({name: parameter.grad for name, parameter in theirs.named_parameters()})
+    return from_hugging_face(
+        {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -207,21 +231,37 @@ def run_ranks(n, function, *arguments, backend="gloo", timeout=200):
 
     RuntimeError with the traceback of the first rank that failed, TimeoutError after `timeout` seconds: no rank survives.
     The processes are forked from a server that has imported what takes long, so that only the first start is slow."""
-    multiprocessing.set_forkserver_preload(["model", "pytest"])  # it finds ours in the working directory, or does without
+    multiprocessing.set_forkserver_preload(
+        ["model", "pytest"]
+    )  # it finds ours in the working directory, or does without
     with tempfile.TemporaryDirectory() as folder:
-        ranks = start_processes(_one_rank, (n, folder, backend, function, arguments), n, join=False, start_method="forkserver")
+        ranks = start_processes(
+            _one_rank,
+            (n, folder, backend, function, arguments),
+            n,
+            join=False,
+            start_method="forkserver",
+        )
         deadline = time.monotonic() + timeout
         try:
             while not ranks.join(timeout=1):
                 if time.monotonic() > deadline:
-                    raise TimeoutError(f"{n} ranks of {function.__name__} ran for more than {timeout} seconds")
-        except ProcessException as error:  # of whichever rank was looked at first: others fail when the first one is gone
-            failures = sorted(Path(folder).glob("failure*"), key=lambda path: path.stat().st_mtime_ns)
+                    raise TimeoutError(
+                        f"{n} ranks of {function.__name__} ran for more than {timeout} seconds"
+                    )
+        except (
+            ProcessException
+        ) as error:  # of whichever rank was looked at first: others fail when the first one is gone
+            failures = sorted(
+                Path(folder).glob("failure*"), key=lambda path: path.stat().st_mtime_ns
+            )
             raise RuntimeError(failures[0].read_text() if failures else str(error)) from None
         finally:
             for process in ranks.processes:
                 process.kill()
-        return [torch.load(Path(folder) / f"result{rank}.pt", weights_only=False) for rank in range(n)]
+        return [
+            torch.load(Path(folder) / f"result{rank}.pt", weights_only=False) for rank in range(n)
+        ]
 
 
 def _one_rank(rank, n, folder, backend, function, arguments):

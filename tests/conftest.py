@@ -4,14 +4,20 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests start up to eight ranks; more threads only get in each other's way
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # tests start up to eight ranks; more threads only get in each other's way
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="also run the tests that take long: kills, lost nodes, the soak")
+    parser.addoption(
+        "--slow",
+        action="store_true",
+        help="also run the tests that take long: kills, lost nodes, the soak",
+    )
 
 
 def pytest_collection_modifyitems(config, items):

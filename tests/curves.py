@@ -17,31 +17,60 @@ from pathlib import Path
 from matplotlib.figure import Figure  # now, not after minutes of training
 
 ROOT = Path(__file__).resolve().parent.parent
-LAYOUTS = {"sp 1": (1, 1), "sp 2": (2, 2), "dp 2": (2, 1)}  # ranks, and how many of them share a sequence
+LAYOUTS = {
+    "sp 1": (1, 1),
+    "sp 2": (2, 2),
+    "dp 2": (2, 1),
+}  # ranks, and how many of them share a sequence
 
 
 def losses(layout, arguments):
     """The losses of a run of train.py, step by step."""
     (ranks, sp), name = LAYOUTS[layout], f"curves-{layout.replace(' ', '')}"
     shutil.rmtree(f"runs/{name}", ignore_errors=True)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", ROOT / "train.py"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc_per_node={ranks}",
+        ROOT / "train.py",
+    ]
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    subprocess.run([*torchrun, *arguments, f"--sp={sp}", f"--name={name}"], check=True, env=environment)
+    subprocess.run(
+        [*torchrun, *arguments, f"--sp={sp}", f"--name={name}"], check=True, env=environment
+    )
     rows = map(json.loads, Path(f"runs/{name}/metrics.jsonl").read_text().splitlines())
     return [row["loss"] for row in rows if "loss" in row]
 
 
 def main(arguments):
-    arguments = arguments or [ROOT / "configs/tiny.py", "--steps=50", "--lr=1e-3", "--micro_batch=8", "--eval_every=0", "--sample="]
+    arguments = arguments or [
+        ROOT / "configs/tiny.py",
+        "--steps=50",
+        "--lr=1e-3",
+        "--micro_batch=8",
+        "--eval_every=0",
+        "--sample=",
+    ]
     curves = {layout: losses(layout, arguments) for layout in LAYOUTS}
     assert len({len(values) for values in curves.values()}) == 1, "a run ended early"
-    apart = {layout: max(abs(a - b) / abs(b) for a, b in zip(values, curves["sp 1"])) for layout, values in curves.items()}
+    apart = {
+        layout: max(abs(a - b) / abs(b) for a, b in zip(values, curves["sp 1"]))
+        for layout, values in curves.items()
+    }
     for layout in list(curves)[1:]:
-        print(f"{layout} against sp 1: {len(curves[layout])} losses, relative difference at most {apart[layout]:.1e}")
+        print(
+            f"{layout} against sp 1: {len(curves[layout])} losses, relative difference at most {apart[layout]:.1e}"
+        )
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for (layout, values), style in zip(curves.items(), ("-", "--", ":")):
-        axes.plot(values, style, label=f"{layout}, within {apart[layout]:.1e}" if apart[layout] else layout, linewidth=2)
+        axes.plot(
+            values,
+            style,
+            label=f"{layout}, within {apart[layout]:.1e}" if apart[layout] else layout,
+            linewidth=2,
+        )
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.legend()
     figure.savefig(ROOT / "docs/curves.png", dpi=110)

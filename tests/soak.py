@@ -18,14 +18,23 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from loop import Run, losses, make_home  # noqa: E402
+from runs import Run, losses, make_home  # noqa: E402
 
-OPTIONS = ["tiny.py", "--sp=2", "--steps=1000000", "--eval_every=20", "--eval_rows=4", "--log_every=10"]
+OPTIONS = [
+    "tiny.py",
+    "--sp=2",
+    "--steps=1000000",
+    "--eval_every=20",
+    "--eval_rows=4",
+    "--log_every=10",
+]
 
 
 def resident(process):
     """Bytes of memory that a process has."""
-    return int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) * os.sysconf(
+        "SC_PAGE_SIZE"
+    )
 
 
 def steady(home, seconds):
@@ -43,7 +52,12 @@ def steady(home, seconds):
 
 def killed(home, seconds, generator):
     """The run that is killed and goes on. Returns how often it was killed, and how often while it saved."""
-    deadline, kills, in_saves, states = time.monotonic() + seconds, 0, 0, home / "runs/killed/states"
+    deadline, kills, in_saves, states = (
+        time.monotonic() + seconds,
+        0,
+        0,
+        home / "runs/killed/states",
+    )
     while time.monotonic() < deadline:
         run = Run(home, *OPTIONS, "--save_every=5", "--name=killed", "--resume=true", ranks=2)
         end = time.monotonic() + generator.uniform(0, min(20, seconds / 3))
@@ -55,7 +69,9 @@ def killed(home, seconds, generator):
         run.kill()
         run.wait()
         kills += 1
-    run = Run(home, *OPTIONS, "--save_every=5", "--name=killed", "--resume=true", ranks=2).wait_for("stalled")
+    run = Run(home, *OPTIONS, "--save_every=5", "--name=killed", "--resume=true", ranks=2).wait_for(
+        "stalled"
+    )
     run.kill(ranks=[0], number=15)
     run.ends_well()
     return kills, in_saves
@@ -69,13 +85,20 @@ def soak(home, seconds, seed=0):
     undisturbed, disturbed = losses(home, "steady"), losses(home, "killed")
     common = min(len(undisturbed), len(disturbed))
     assert undisturbed[:common] == disturbed[:common], "the losses differ"
-    assert late < early * 1.02 + 2**20, f"memory grew from {early / 2**20:.1f} to {late / 2**20:.1f} MiB"
+    assert late < early * 1.02 + 2**20, (
+        f"memory grew from {early / 2**20:.1f} to {late / 2**20:.1f} MiB"
+    )
     for name, every in (("steady", 20), ("killed", 5)):
         run = home / "runs" / name
         found = {path.name for path in run.iterdir()} - {"loss.png"}  # which only matplotlib draws
         assert found == {"config.json", "metrics.jsonl", "states"}, found
-        last, steps = sorted(path.name for path in (run / "states").iterdir()), len(losses(home, name))
-        assert len(last) <= 2 and last[-1] == f"step-{steps:08d}", f"states {last} after {steps} steps, saved every {every}"
+        last, steps = (
+            sorted(path.name for path in (run / "states").iterdir()),
+            len(losses(home, name)),
+        )
+        assert len(last) <= 2 and last[-1] == f"step-{steps:08d}", (
+            f"states {last} after {steps} steps, saved every {every}"
+        )
     return (
         f"{len(undisturbed)} steps undisturbed, memory {early / 2**20:.1f} MiB early and {late / 2**20:.1f} MiB late; "
         f"{kills} kills, {in_saves} while saving, {len(disturbed)} steps, the same {common} losses; no file left behind"
@@ -83,7 +106,9 @@ def soak(home, seconds, seed=0):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Kill a tiny run at random moments for minutes.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description="Kill a tiny run at random moments for minutes.", allow_abbrev=False
+    )
     parser.add_argument("--minutes", type=float, default=10, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the moments; default: %(default)s")
     options = parser.parse_args()

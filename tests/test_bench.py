@@ -51,7 +51,10 @@ def test_forward_flops_by_hand():
         "down": 2 * 64 * 2 * 64 * 64,
         "unembedding": 32 * 2 * 64 * 512,  # once, not in each layer
         "causal": 4 * 4 * 16 * (32 * 33 // 2),  # 4 heads of 16; query i sees i keys
-        "window": 4 * 4 * 16 * (16 * 17 // 2 + 16 * 16),  # a window of 16: the second half sees 16 keys each
+        "window": 4
+        * 4
+        * 16
+        * (16 * 17 // 2 + 16 * 16),  # a window of 16: the second half sees 16 keys each
     }
 
 
@@ -63,14 +66,25 @@ def test_flops_are_the_model_s(S):
 
 
 def test_floor_by_hand():
-    slow = {name: {"forward": 1e-6, "backward": 0.5e-6} for name in RATES_AT_32K}  # 1 and 0.5 million FLOPs a second
+    slow = {
+        name: {"forward": 1e-6, "backward": 0.5e-6} for name in RATES_AT_32K
+    }  # 1 and 0.5 million FLOPs a second
     # a matmul: 2 forward at 1, 2 backward at a half: 6, the unembedding 1 forward: 5; attention: 1 and 2.5 at a half: 6
-    expected = {"qkv": 1.048576 * 6, "out": 0.524288 * 6, "gate_up": 2.097152 * 6, "down": 1.048576 * 6}
+    expected = {
+        "qkv": 1.048576 * 6,
+        "out": 0.524288 * 6,
+        "gate_up": 2.097152 * 6,
+        "down": 1.048576 * 6,
+    }
     expected |= {"unembedding": 2.097152 * 5, "causal": 0.135168 * 6, "window": 0.100352 * 6}
     assert bench.floor(bench.TINY, 32, slow) == pytest.approx(expected)
     once = bench.floor(bench.TINY, 32, slow, bench.AGAIN["none"])
-    assert once == pytest.approx(expected | {n: expected[n] * 5 / 6 for n in ("qkv", "out", "gate_up", "down")})
-    attention, everything = (bench.floor(bench.TINY, 32, slow, bench.AGAIN[kind]) for kind in ("attention", "all"))
+    assert once == pytest.approx(
+        expected | {n: expected[n] * 5 / 6 for n in ("qkv", "out", "gate_up", "down")}
+    )
+    attention, everything = (
+        bench.floor(bench.TINY, 32, slow, bench.AGAIN[kind]) for kind in ("attention", "all")
+    )
     assert attention == pytest.approx({**expected, "down": 1.048576 * 5, "window": 0.100352 * 7})
     assert everything == pytest.approx({**attention, "causal": 0.135168 * 7})
 
@@ -78,7 +92,13 @@ def test_floor_by_hand():
 def test_floor_of_the_20b_at_32k():
     """Worked out apart: qkv and out 0.210 s, unembedding 0.143, gate_up 0.654, down 0.342, causal 0.880, window 0.043."""
     parts = bench.floor(GPTOSSConfig(), 32 * 1024, RATES_AT_32K)
-    expected = {"unembedding": 0.143, "gate_up": 0.654, "down": 0.342, "causal": 0.880, "window": 0.043}
+    expected = {
+        "unembedding": 0.143,
+        "gate_up": 0.654,
+        "down": 0.342,
+        "causal": 0.880,
+        "window": 0.043,
+    }
     assert {name: parts[name] for name in expected} == pytest.approx(expected, abs=0.001)
     assert sum(parts.values()) == pytest.approx(2.27, abs=0.01)
 
@@ -96,7 +116,10 @@ def test_best_rates_are_the_fastest_that_ran_at_the_length():
     ]
     qkv = {"forward": 7, "backward": 6}
     assert bench.best_rates(ceilings, 4096) == {"qkv": qkv, "causal": {"forward": 3, "backward": 5}}
-    assert bench.best_rates(ceilings, 131072) == {"qkv": qkv, "causal": {"forward": 9, "backward": 8}}  # as at 64K
+    assert bench.best_rates(ceilings, 131072) == {
+        "qkv": qkv,
+        "causal": {"forward": 9, "backward": 8},
+    }  # as at 64K
     assert bench.best_rates(ceilings, 8192) == {"qkv": qkv}
 
 
@@ -113,11 +136,24 @@ def test_rows_of_tries_the_next_mode_and_keeps_to_it(monkeypatch):
 
     monkeypatch.setattr(bench, "measure_row", measure_row)
     rows = list(bench.rows_of("ours", model, bench.TINY, [256, 32, 64, 128], "auto"))
-    assert tried == [(32, "none"), (64, "none"), (64, "attention"), (128, "attention"), (128, "all"), (256, "all")]
+    assert tried == [
+        (32, "none"),
+        (64, "none"),
+        (64, "attention"),
+        (128, "attention"),
+        (128, "all"),
+        (256, "all"),
+    ]
     assert [row["recompute"] for row in rows] == ["none", "attention", "all", "all"]
     assert rows[-1]["error"] == "RuntimeError: two"
     (row,) = bench.rows_of("ours", model, bench.TINY, [64], "none")
-    assert row == {"model": "ours", "row": "64", "tokens": 64, "recompute": "none", "error": "out of memory"}
+    assert row == {
+        "model": "ours",
+        "row": "64",
+        "tokens": 64,
+        "recompute": "none",
+        "error": "out of memory",
+    }
 
 
 def test_rows_are_parsed():
@@ -129,16 +165,30 @@ def test_rows_are_parsed():
 
 
 def test_errors_of_a_group():
-    truth = {"blocks.0.attention.sinks": torch.tensor([3.0, 0.0]), "blocks.1.attention.sinks": torch.tensor([0.0, 4.0])}
-    measured = {"blocks.0.attention.sinks": torch.tensor([3.0, 1.0]), "blocks.1.attention.sinks": torch.tensor([0.0, 4.0])}
+    truth = {
+        "blocks.0.attention.sinks": torch.tensor([3.0, 0.0]),
+        "blocks.1.attention.sinks": torch.tensor([0.0, 4.0]),
+    }
+    measured = {
+        "blocks.0.attention.sinks": torch.tensor([3.0, 1.0]),
+        "blocks.1.attention.sinks": torch.tensor([0.0, 4.0]),
+    }
     assert bench.relative_errors(measured, truth) == {"sinks": pytest.approx(1 / 5)}
-    names = ["blocks.13.attention.qkv.bias", "blocks.2.attention.qkv.weight", "blocks.0.mlp.gate_up_bias", "norm.weight"]
+    names = [
+        "blocks.13.attention.qkv.bias",
+        "blocks.2.attention.qkv.weight",
+        "blocks.0.mlp.gate_up_bias",
+        "norm.weight",
+    ]
     names += ["blocks.0.mlp.gate_up_weight", "blocks.0.attention_norm.weight"]
     ones = dict.fromkeys(names, torch.ones(1))
     assert list(bench.relative_errors(ones, ones)) == ["qkv", "gate_up", "norm", "attention_norm"]
 
 
-@pytest.mark.skipif(bench.DEVICE.type != "cpu", reason="counts operations on the CPU; a GPU's kernels are counted instead")
+@pytest.mark.skipif(
+    bench.DEVICE.type != "cpu",
+    reason="counts operations on the CPU; a GPU's kernels are counted instead",
+)
 def test_the_backward_belongs_to_the_room_of_its_forward():
     x, w, v = (torch.randn(512, 512, requires_grad=True) for _ in range(3))
 
@@ -176,12 +226,19 @@ def test_rows_floor_and_plot(run, tmp_path):
     for row in results["rows"]:
         assert "error" not in row, row["error"]
         assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["seconds"])
-        assert row["tflops"] == pytest.approx(config.flops_per_token(row["tokens"]) * row["tokens_per_second"] / 1e12)
+        assert row["tflops"] == pytest.approx(
+            config.flops_per_token(row["tokens"]) * row["tokens_per_second"] / 1e12
+        )
         rates = bench.best_rates(results["ceilings"], row["tokens"])
         assert row["share_of_matmul"] == pytest.approx(row["tflops"] / rates["matmul"]["forward"])
         if row["model"] == "ours":
-            assert row["recompute"] == "none" and row["floor"] == pytest.approx(bench.floor(config, row["tokens"], rates))
-            assert row["distance"] == pytest.approx(row["seconds"] / sum(row["floor"].values())) and row["distance"] > 0.5
+            assert row["recompute"] == "none" and row["floor"] == pytest.approx(
+                bench.floor(config, row["tokens"], rates)
+            )
+            assert (
+                row["distance"] == pytest.approx(row["seconds"] / sum(row["floor"].values()))
+                and row["distance"] > 0.5
+            )
             assert row["own_distance"] > row["distance"], "nothing is recomputed"
     for ours, theirs in zip(results["rows"][:2], results["rows"][2:]):
         assert theirs["ours_faster"] == pytest.approx(theirs["seconds"] / ours["seconds"])
@@ -205,10 +262,14 @@ def test_training_on_two_ranks(tmp_path):
     config = bench.replace(bench.TINY, num_hidden_layers=1)
     for row in several, one:
         assert row["tokens_per_second"] == pytest.approx(row["tokens"] / 2 / row["seconds"])
-        assert row["tflops"] == pytest.approx(config.flops_per_token(row["sequence"]) * row["tokens_per_second"] / 1e12)
+        assert row["tflops"] == pytest.approx(
+            config.flops_per_token(row["sequence"]) * row["tokens_per_second"] / 1e12
+        )
         assert row["share_of_matmul"] == pytest.approx(row["tflops"] / results["matmul"])
         assert 0 < row["optimizer_seconds"] < row["seconds"]
-        assert (row["recompute"], row["keep_blocks"], row["offload"]) == ("attention", 1, False), "there is room for all"
+        assert (row["recompute"], row["keep_blocks"], row["offload"]) == ("attention", 1, False), (
+            "there is room for all"
+        )
 
 
 @pytest.mark.parametrize(
@@ -226,13 +287,30 @@ def test_least_recomputation(needs, chosen, monkeypatch):
     """The first that leaves a twelfth of 100 bytes; if none does, the smallest."""
 
     def peak(recompute, keep_blocks, offload):
-        return 20 + needs.get("keep_blocks", 0) * keep_blocks + needs.get(recompute, 0) + needs.get("all", 0) + 20 * (not offload)
+        return (
+            20
+            + needs.get("keep_blocks", 0) * keep_blocks
+            + needs.get(recompute, 0)
+            + needs.get("all", 0)
+            + 20 * (not offload)
+        )
 
     monkeypatch.setattr(bench, "GPU", True)
-    monkeypatch.setattr(bench.torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(total_memory=100))
-    found = bench.least_recomputation(types.SimpleNamespace(recompute="auto", keep_blocks=None), 3, peak)
+    monkeypatch.setattr(
+        bench.torch.cuda,
+        "get_device_properties",
+        lambda device: types.SimpleNamespace(total_memory=100),
+    )
+    found = bench.least_recomputation(
+        types.SimpleNamespace(recompute="auto", keep_blocks=None), 3, peak
+    )
     assert tuple(found.values()) == chosen
-    for given in ("all", 1), ("none", None), ("none", 0), ("attention", 2):  # too large, and left as it is
+    for given in (
+        ("all", 1),
+        ("none", None),
+        ("none", 0),
+        ("attention", 2),
+    ):  # too large, and left as it is
         options = types.SimpleNamespace(**dict(zip(("recompute", "keep_blocks"), given)))
         found = bench.least_recomputation(options, 3, lambda **settings: 1000)
         assert tuple(found.values()) == (given[0], given[1] or 0, False)
@@ -248,7 +326,13 @@ def test_training_ends_when_a_rank_is_out_of_memory(tmp_path, monkeypatch, capsy
     def training_step(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
 
-    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": 0, "LOCAL_RANK": 0}.items():
+    for name, value in {
+        "RANK": 0,
+        "WORLD_SIZE": 1,
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": 0,
+        "LOCAL_RANK": 0,
+    }.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(bench.os, "_exit", leave)
     monkeypatch.setattr(bench, "training_step", training_step)
@@ -279,7 +363,13 @@ def test_exposed_communication(communication, computation, alone):
 def test_profile(run, tmp_path):
     printed, results = run("--profile", "--rows=64", "--recompute=all", name="profile")
     rooms = results["rooms_ms"]
-    assert rooms.keys() == {bench.ATTENTION, bench.PROJECTIONS, bench.EXPERTS, bench.LOSS, bench.REST}
+    assert rooms.keys() == {
+        bench.ATTENTION,
+        bench.PROJECTIONS,
+        bench.EXPERTS,
+        bench.LOSS,
+        bench.REST,
+    }
     assert all(ms > 0 for ms in rooms.values()) and len(results["kernels"]) == 20
     assert results["rows"][0]["recompute"] == "all" and "attention" in printed
     assert (tmp_path / "trace.json.gz").read_bytes().startswith(b"\x1f\x8b")
@@ -296,7 +386,9 @@ def test_deterministic(run):
 @cpu_only
 def test_deterministic_sees_a_difference(run, monkeypatch):
     seeds = iter(range(100))
-    tokens = lambda config, S: torch.randint(512, (1, S), generator=torch.Generator().manual_seed(next(seeds)))  # noqa: E731
+    tokens = lambda config, S: torch.randint(
+        512, (1, S), generator=torch.Generator().manual_seed(next(seeds))
+    )  # noqa: E731
     monkeypatch.setattr(bench, "random_tokens", tokens)
     _, results = run("--deterministic=true", "--rows=16", name="deterministic")
     assert {"loss", "embedding.weight", "blocks.1.attention.sinks"} <= set(results["different"])
@@ -310,11 +402,17 @@ def test_accuracy(dtype, run, monkeypatch):
     monkeypatch.setattr(bench, "DTYPE", dtype)
     printed, results = run("--accuracy", name="accuracy")
     ours, theirs = results["errors"]["ours"], results["errors"]["transformers"]
-    assert ours.keys() == theirs.keys() and {"logits", "embedding", "qkv", "sinks", "router", "gate_up"} <= ours.keys()
+    assert (
+        ours.keys() == theirs.keys()
+        and {"logits", "embedding", "qkv", "sinks", "router", "gate_up"} <= ours.keys()
+    )
     if dtype == torch.float32:
         assert max(ours.values()) == 0 and max(theirs.values()) < 1e-5, theirs
     else:
-        assert all(1e-4 < error < 0.3 for error in (*ours.values(), *theirs.values())), (ours, theirs)
+        assert all(1e-4 < error < 0.3 for error in (*ours.values(), *theirs.values())), (
+            ours,
+            theirs,
+        )
         worst = max(error / theirs[name] for name, error in ours.items())
         assert f"Largest ratio {worst:.2f}" in printed
 

@@ -18,10 +18,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import convert_hf
-from convert_hf import dequantize_mxfp4, export_checkpoint, import_checkpoint, main, quantize_mxfp4, verify
+from convert_hf import export_checkpoint, import_checkpoint, main, verify
 from model import GPTOSS, GPTOSSConfig
+from mxfp4 import dequantize_mxfp4, quantize_mxfp4
 
-transformers = pytest.importorskip("transformers", reason="transformers is the oracle of these tests: pip install transformers")
+transformers = pytest.importorskip(
+    "transformers", reason="transformers is the oracle of these tests: pip install transformers"
+)
 ROOT = Path(__file__).resolve().parent.parent
 GRID = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])  # by code
 ORIGINAL = {  # OpenAI's names of Hugging Face's tensors, written by hand: the converter's table must not test itself
@@ -47,11 +50,19 @@ SIZES = pytest.mark.parametrize("sizes", [(32, 64), (64, 64)], ids=["oblong", "s
 
 
 def all_tensors(folder):
-    return {name: t for path in sorted(Path(folder).glob("*.safetensors")) for name, t in load_file(path).items()}
+    return {
+        name: t
+        for path in sorted(Path(folder).glob("*.safetensors"))
+        for name, t in load_file(path).items()
+    }
 
 
 def same_bits(a, b):
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.contiguous().view(torch.uint8))
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(a.view(torch.uint8), b.contiguous().view(torch.uint8))
+    )
 
 
 def hugging_face_model(sizes=(32, 64), dtype=torch.float32, seed=0):
@@ -84,11 +95,18 @@ def mxfp4_folder(folder, sizes=(32, 64), seed=0):
     for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
         experts, inputs, outputs = tensors.pop(name).shape
         groups = (experts, outputs, inputs // 32)
-        tensors[name + "_blocks"] = torch.randint(0, 256, (*groups, 16), dtype=torch.uint8, generator=generator)
-        tensors[name + "_scales"] = torch.randint(120, 126, groups, dtype=torch.uint8, generator=generator)
+        tensors[name + "_blocks"] = torch.randint(
+            0, 256, (*groups, 16), dtype=torch.uint8, generator=generator
+        )
+        tensors[name + "_scales"] = torch.randint(
+            120, 126, groups, dtype=torch.uint8, generator=generator
+        )
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    config["quantization_config"] = {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"],
+    }
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -106,16 +124,35 @@ def original_folder(source, folder):
             qkv = [tensors[name.replace("q_proj", f"{letter}_proj")] for letter in "qkv"]
             original[f"{prefix}attn.qkv.{kind}"] = torch.cat(qkv)
         elif short in ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"):
-            original[prefix + ("mlp.mlp1_weight" if "gate" in short else "mlp.mlp2_weight")] = tensor.mT.contiguous()
+            original[prefix + ("mlp.mlp1_weight" if "gate" in short else "mlp.mlp2_weight")] = (
+                tensor.mT.contiguous()
+            )
         elif not short.startswith(("self_attn.k_proj", "self_attn.v_proj")):
             original[prefix + ORIGINAL[short]] = tensor
     folder.mkdir()
     save_file(original, folder / "model.safetensors")
     config = json.loads((source / "config.json").read_text())
-    names = ["num_hidden_layers", "vocab_size", "hidden_size", "intermediate_size", "head_dim", "num_attention_heads"]
+    names = [
+        "num_hidden_layers",
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "head_dim",
+        "num_attention_heads",
+    ]
     names += ["num_key_value_heads", "sliding_window"]
-    fields = {name: config[name] for name in names} | {"num_experts": 4, "experts_per_token": 2, "initial_context_length": 4096}
-    fields |= {"rope_theta": 150000, "rope_scaling_factor": 32.0, "rope_ntk_alpha": 1, "rope_ntk_beta": 32, "swiglu_limit": 7.0}
+    fields = {name: config[name] for name in names} | {
+        "num_experts": 4,
+        "experts_per_token": 2,
+        "initial_context_length": 4096,
+    }
+    fields |= {
+        "rope_theta": 150000,
+        "rope_scaling_factor": 32.0,
+        "rope_ntk_alpha": 1,
+        "rope_ntk_beta": 32,
+        "swiglu_limit": 7.0,
+    }
     (folder / "config.json").write_text(json.dumps(fields))
     return folder
 
@@ -127,9 +164,13 @@ def ids(length=37, batch=2):
 def their_model(folder, dtype="auto"):
     """Without its option transformers keeps MXFP4 packed for GPU kernels, or asks for the accelerate package."""
     quantized = "quantization_config" in json.loads((folder / "config.json").read_text())
-    options = {"quantization_config": transformers.Mxfp4Config(dequantize=True)} if quantized else {}
+    options = (
+        {"quantization_config": transformers.Mxfp4Config(dequantize=True)} if quantized else {}
+    )
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
-    return model if dtype == "auto" else model.to(dtype)  # before 5.2x, MXFP4 became bf16 whatever dtype said
+    return (
+        model if dtype == "auto" else model.to(dtype)
+    )  # before 5.2x, MXFP4 became bf16 whatever dtype said
 
 
 @torch.no_grad()
@@ -153,14 +194,20 @@ def assert_close(a, b):
 
 def test_dequantization_is_transformers_bit_by_bit():
     """Every byte of values under every scale, subnormal and infinite products among them; the last scale byte is NaN."""
-    mxfp4 = pytest.importorskip("transformers.integrations.mxfp4", reason="this transformers has no MXFP4")
-    blocks = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 256, 16, 16).contiguous()
+    mxfp4 = pytest.importorskip(
+        "transformers.integrations.mxfp4", reason="this transformers has no MXFP4"
+    )
+    blocks = (
+        torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 256, 16, 16).contiguous()
+    )
     scales = torch.arange(256, dtype=torch.uint8).view(1, 256, 1).expand(1, 256, 16).contiguous()
     theirs = mxfp4.convert_moe_packed_tensors(blocks, scales)  # (1, in, out)
     ours = dequantize_mxfp4(blocks, scales).mT.cpu()
     assert same_bits(ours[:, :, :255].contiguous(), theirs[:, :, :255].contiguous())
     assert ours[:, :, 255].isnan().all()
-    assert ours[0, 2, 130] == 0.5 * 2.0**3, "low nibble first: values 2 and 3 of a row are the nibbles of byte 1"
+    assert ours[0, 2, 130] == 0.5 * 2.0**3, (
+        "low nibble first: values 2 and 3 of a row are the nibbles of byte 1"
+    )
 
 
 @settings(max_examples=100, deadline=None)
@@ -168,15 +215,24 @@ def test_dequantization_is_transformers_bit_by_bit():
 @example(bytes([1] * 64), bytes(4))  # the smallest values there are: no scale puts them into [4, 8)
 def test_what_came_out_of_mxfp4_goes_back_unchanged(blocks, scales):
     blocks = torch.tensor(list(blocks), dtype=torch.uint8).view(4, 1, 16)
-    scales = torch.tensor(list(scales), dtype=torch.uint8).clamp(max=252).view(4, 1)  # 6 * 2 ** 126 and more is beyond bf16
+    scales = (
+        torch.tensor(list(scales), dtype=torch.uint8).clamp(max=252).view(4, 1)
+    )  # 6 * 2 ** 126 and more is beyond bf16
     values = dequantize_mxfp4(blocks, scales)
     assert same_bits(dequantize_mxfp4(*quantize_mxfp4(values)), values)
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=32, max_size=32), st.integers(-20, 20))
+@given(
+    st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=32, max_size=32),
+    st.integers(-20, 20),
+)
 def test_quantization_takes_the_nearest_value_ties_to_even(values, shift):
-    weight = (torch.tensor(values, dtype=torch.float64) * 2.0**shift).float().nan_to_num(posinf=3e38, neginf=-3e38)
+    weight = (
+        (torch.tensor(values, dtype=torch.float64) * 2.0**shift)
+        .float()
+        .nan_to_num(posinf=3e38, neginf=-3e38)
+    )
     blocks, scales = quantize_mxfp4(weight)
     codes = torch.stack([blocks & 15, blocks >> 4], -1).flatten().long().cpu()
     largest = weight.abs().max().item()
@@ -185,7 +241,9 @@ def test_quantization_takes_the_nearest_value_ties_to_even(values, shift):
     for value, code in zip(scaled, codes):
         distance = (GRID[:8].double() - value.abs()).abs()
         nearest = (distance == distance.min()).nonzero().flatten().tolist()
-        assert code.item() % 8 == (nearest[0] if len(nearest) == 1 else next(n for n in nearest if n % 2 == 0))
+        assert code.item() % 8 == (
+            nearest[0] if len(nearest) == 1 else next(n for n in nearest if n % 2 == 0)
+        )
         assert (code >= 8).item() == bool(value.signbit())
 
 
@@ -194,7 +252,15 @@ def test_ties_at_every_threshold():
     halfway = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
     weight = torch.cat([torch.tensor([6.0]), halfway, -halfway, torch.zeros(17)])
     rounded = dequantize_mxfp4(*quantize_mxfp4(weight)).cpu()
-    assert rounded[1:8].tolist() == [0, 1, 1, 2, 2, 4, 4] and rounded[8:15].tolist() == [0, -1, -1, -2, -2, -4, -4]
+    assert rounded[1:8].tolist() == [0, 1, 1, 2, 2, 4, 4] and rounded[8:15].tolist() == [
+        0,
+        -1,
+        -1,
+        -2,
+        -2,
+        -4,
+        -4,
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -207,7 +273,9 @@ def test_import_computes_what_transformers_does(tmp_path, sizes, make):
     source = make(tmp_path / "source", sizes)
     import_checkpoint(str(source), tmp_path / "ours")
     assert_close(our_logits(tmp_path / "ours"), their_logits(source))
-    assert GPTOSSConfig.from_json(tmp_path / "ours" / "config.json") == GPTOSSConfig.from_json(source / "config.json")
+    assert GPTOSSConfig.from_json(tmp_path / "ours" / "config.json") == GPTOSSConfig.from_json(
+        source / "config.json"
+    )
     kept = {path.name for path in (tmp_path / "ours").iterdir() if path.suffix != ".safetensors"}
     assert kept == {"config.json", "hf_config.json", "tokenizer.json", "chat_template.jinja", "generation_config.json",
                     "model.safetensors.index.json"}  # fmt: skip
@@ -221,8 +289,12 @@ def test_mxfp4_experts_equal_transformers_bit_by_bit(tmp_path, sizes):
     for number, layer in enumerate(theirs.model.layers):
         gate_up = layer.mlp.experts.gate_up_proj.detach()
         gates, ups = ours[f"blocks.{number}.mlp.gate_up_weight"].chunk(2, dim=-1)
-        assert same_bits(gates.contiguous(), gate_up[..., ::2]) and same_bits(ups.contiguous(), gate_up[..., 1::2])
-        assert same_bits(ours[f"blocks.{number}.mlp.down_weight"], layer.mlp.experts.down_proj.detach())
+        assert same_bits(gates.contiguous(), gate_up[..., ::2]) and same_bits(
+            ups.contiguous(), gate_up[..., 1::2]
+        )
+        assert same_bits(
+            ours[f"blocks.{number}.mlp.down_weight"], layer.mlp.experts.down_proj.detach()
+        )
 
 
 @SIZES
@@ -240,18 +312,33 @@ def test_stored_dtypes_stay_and_shards_are_whole(tmp_path, monkeypatch):
     """Mixed dtypes and odd sizes: every tensor must be aligned, or torch cannot map it."""
     source = hugging_face_folder(tmp_path / "source")
     for path in source.glob("*.safetensors"):
-        wide = {name: t.float() if name.endswith(("sinks", "router.bias")) else t for name, t in load_file(path).items()}
+        wide = {
+            name: t.float() if name.endswith(("sinks", "router.bias")) else t
+            for name, t in load_file(path).items()
+        }
         save_file(wide, path)
     monkeypatch.setattr(convert_hf, "SHARD_BYTES", 30_000)
-    monkeypatch.setattr(convert_hf, "SLICE_BYTES", 1_000)  # so that slices of several rows and of one occur
+    monkeypatch.setattr(
+        convert_hf, "SLICE_BYTES", 1_000
+    )  # so that slices of several rows and of one occur
     import_checkpoint(str(source), tmp_path / "ours")
     tensors = all_tensors(tmp_path / "ours")
-    assert {t.dtype for name, t in tensors.items() if name.endswith(("sinks", "router.bias"))} == {torch.float32}
-    assert {t.dtype for name, t in tensors.items() if not name.endswith(("sinks", "router.bias"))} == {torch.bfloat16}
+    assert {t.dtype for name, t in tensors.items() if name.endswith(("sinks", "router.bias"))} == {
+        torch.float32
+    }
+    assert {
+        t.dtype for name, t in tensors.items() if not name.endswith(("sinks", "router.bias"))
+    } == {torch.bfloat16}
     index = json.loads((tmp_path / "ours" / "model.safetensors.index.json").read_text())
     files = sorted(path.name for path in (tmp_path / "ours").glob("*.safetensors"))
-    assert files == [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)] and len(files) > 3
-    assert index["weight_map"].keys() == tensors.keys() and set(index["weight_map"].values()) == set(files)
+    assert (
+        files
+        == [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
+        and len(files) > 3
+    )
+    assert index["weight_map"].keys() == tensors.keys() and set(
+        index["weight_map"].values()
+    ) == set(files)
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
     for path in (tmp_path / "ours").glob("*.safetensors"):
         largest = max(t.nbytes for t in load_file(path).values())
@@ -261,7 +348,9 @@ def test_stored_dtypes_stay_and_shards_are_whole(tmp_path, monkeypatch):
 
 def test_every_tensor_is_aligned(tmp_path):
     """An fp32 tensor after an odd number of bf16 values: torch cannot view it where it would lie."""
-    places = convert_hf.create_shards(tmp_path, {"odd": (torch.bfloat16, (3,)), "wide": (torch.float32, (2, 5))})
+    places = convert_hf.create_shards(
+        tmp_path, {"odd": (torch.bfloat16, (3,)), "wide": (torch.float32, (2, 5))}
+    )
     odd, wide = torch.randn(3).bfloat16(), torch.randn(2, 5)
     places["odd"].write(slice(None), odd)
     places["wide"].write(slice(1, 2), wide[1:])
@@ -281,9 +370,17 @@ def test_download_takes_only_top_level_files(tmp_path, monkeypatch):
     def snapshot_download(name, allow_patterns, ignore_patterns):
         assert name == "openai/gpt-oss-20b"
         # as huggingface_hub filters: a star matches a slash
-        allowed = [file for file in listing + others if any(fnmatch(file, pattern) for pattern in allow_patterns)]
+        allowed = [
+            file
+            for file in listing + others
+            if any(fnmatch(file, pattern) for pattern in allow_patterns)
+        ]
         assert "original/model.safetensors" in allowed, "the trap that ignore_patterns is for"
-        assert [file for file in allowed if not any(fnmatch(file, pattern) for pattern in ignore_patterns)] == listing
+        assert [
+            file
+            for file in allowed
+            if not any(fnmatch(file, pattern) for pattern in ignore_patterns)
+        ] == listing
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
@@ -301,7 +398,10 @@ print(peak() - before)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux" or torch.cuda.is_available(), reason="reads /proc, and counts what the CPU needs")
+@pytest.mark.skipif(
+    sys.platform != "linux" or torch.cuda.is_available(),
+    reason="reads /proc, and counts what the CPU needs",
+)
 def test_peak_memory_is_under_three_of_the_largest_tensor(tmp_path):
     """On 96 MiB of experts, in MXFP4 and out again. One slice of them is 3 MiB."""
     experts, hidden, intermediate = 32, 512, 1536
@@ -321,7 +421,9 @@ def test_peak_memory_is_under_three_of_the_largest_tensor(tmp_path):
 
     run, packed, ours = (str(tmp_path / name) for name in ("run", "packed", "ours"))
     out, back = peak(["--export", run, "--out", packed, "--mxfp4"]), peak([packed, "--out", ours])
-    print(f"peak over the start: export {out / largest:.2f}, import {back / largest:.2f} of the largest tensor")
+    print(
+        f"peak over the start: export {out / largest:.2f}, import {back / largest:.2f} of the largest tensor"
+    )
     assert max(out, back) < 3 * largest
 
 
@@ -335,7 +437,9 @@ def test_import_then_export_is_bitwise_and_loads(tmp_path, sizes):
     import_checkpoint(str(source), tmp_path / "ours")
     export_checkpoint(tmp_path / "ours", tmp_path / "back")
     before, after = all_tensors(source), all_tensors(tmp_path / "back")
-    assert before.keys() == after.keys() and all(same_bits(before[name], after[name]) for name in before)
+    assert before.keys() == after.keys() and all(
+        same_bits(before[name], after[name]) for name in before
+    )
     for name in "tokenizer.json", "chat_template.jinja", "generation_config.json":
         assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes()
     config = json.loads((tmp_path / "back" / "config.json").read_text())
@@ -355,7 +459,10 @@ def test_mxfp4_in_and_out_holds_the_same_values(tmp_path, sizes, capsys):
     for name in before:
         if name.endswith("_blocks"):
             scales = name.replace("_blocks", "_scales")
-            assert same_bits(dequantize_mxfp4(before[name], before[scales]), dequantize_mxfp4(after[name], after[scales]))
+            assert same_bits(
+                dequantize_mxfp4(before[name], before[scales]),
+                dequantize_mxfp4(after[name], after[scales]),
+            )
         elif not name.endswith("_scales"):
             assert same_bits(before[name], after[name])
     config = json.loads((tmp_path / "back" / "config.json").read_text())
@@ -384,12 +491,18 @@ def test_export_of_a_training_run(tmp_path, capsys):
     run = training_run(tmp_path / "run")
     export_checkpoint(run, tmp_path / "plain")
     assert_close(our_logits(run / "model"), their_logits(tmp_path / "plain"))
-    assert GPTOSSConfig.from_json(tmp_path / "plain" / "config.json") == GPTOSSConfig.from_json(run / "model" / "config.json")
+    assert GPTOSSConfig.from_json(tmp_path / "plain" / "config.json") == GPTOSSConfig.from_json(
+        run / "model" / "config.json"
+    )
     assert {t.dtype for t in all_tensors(tmp_path / "plain").values()} == {torch.float32}
 
     export_checkpoint(run, tmp_path / "mxfp4", mxfp4=True)
     printed = capsys.readouterr().out
-    assert "note: rms_norm_eps is 0.0001; vLLM" in printed and "max_position" not in printed and "swiglu" not in printed
+    assert (
+        "note: rms_norm_eps is 0.0001; vLLM" in printed
+        and "max_position" not in printed
+        and "swiglu" not in printed
+    )
     stated = float(printed.split("relative error ")[1].split()[0])
     import_checkpoint(str(tmp_path / "mxfp4"), tmp_path / "quantized")
     before, after = all_tensors(run / "model"), all_tensors(tmp_path / "quantized")
@@ -404,18 +517,43 @@ def test_export_to_bf16_with_a_tokenizer_from_elsewhere(tmp_path):
     run, elsewhere = training_run(tmp_path / "run"), tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "tokenizer.json").write_text("{}")
-    main(["--export", str(run), "--out", str(tmp_path / "out"), "--dtype", "bfloat16", "--tokenizer", str(elsewhere)])
+    main(
+        [
+            "--export",
+            str(run),
+            "--out",
+            str(tmp_path / "out"),
+            "--dtype",
+            "bfloat16",
+            "--tokenizer",
+            str(elsewhere),
+        ]
+    )
     stored = all_tensors(run / "model")["norm.weight"]
     assert same_bits(all_tensors(tmp_path / "out")["model.norm.weight"], stored.bfloat16())
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     assert (tmp_path / "out" / "tokenizer.json").exists()
     with pytest.raises(SystemExit, match="elsewhere2: no such folder"):
-        main(["--export", str(run), "--out", str(tmp_path / "out2"), "--tokenizer", str(tmp_path / "elsewhere2")])
+        main(
+            [
+                "--export",
+                str(run),
+                "--out",
+                str(tmp_path / "out2"),
+                "--tokenizer",
+                str(tmp_path / "elsewhere2"),
+            ]
+        )
 
 
 def test_exported_config_says_what_the_released_one_says():
     """The fields of openai/gpt-oss-20b that decide what is computed and how vLLM loads it."""
-    config = convert_hf.hf_config(GPTOSSConfig(), torch.bfloat16, True, {"rope_parameters": {"factor": 1.0}, "dtype": "float32"})
+    config = convert_hf.hf_config(
+        GPTOSSConfig(),
+        torch.bfloat16,
+        True,
+        {"rope_parameters": {"factor": 1.0}, "dtype": "float32"},
+    )
     released = {
         "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "attention_bias": True, "eos_token_id": 200002,
         "pad_token_id": 199999, "head_dim": 64, "hidden_size": 2880, "intermediate_size": 2880, "num_attention_heads": 64,
@@ -530,7 +668,9 @@ def whole(tmp_path_factory):
     return hugging_face_folder(tmp_path_factory.mktemp("whole") / "source")
 
 
-@pytest.mark.parametrize("breakage, messages", FAILURES, ids=[breakage.__name__ for breakage, _ in FAILURES])
+@pytest.mark.parametrize(
+    "breakage, messages", FAILURES, ids=[breakage.__name__ for breakage, _ in FAILURES]
+)
 def test_a_broken_source_is_one_error_and_leaves_nothing(tmp_path, whole, breakage, messages):
     source, work = tmp_path / "source", tmp_path / "work"
     shutil.copytree(whole, source)
@@ -538,7 +678,9 @@ def test_a_broken_source_is_one_error_and_leaves_nothing(tmp_path, whole, breaka
     breakage(source)
     with pytest.raises(SystemExit) as error:
         main([str(source), "--out", str(work / "ours")])
-    assert str(error.value).startswith("error: ") and all(message in str(error.value) for message in messages)
+    assert str(error.value).startswith("error: ") and all(
+        message in str(error.value) for message in messages
+    )
     assert list(work.iterdir()) == []
 
 
@@ -567,7 +709,9 @@ def test_an_occupied_folder_is_left_alone(tmp_path, whole):
             out.write_text("mine")
         with pytest.raises(SystemExit, match="not empty: remove it, or choose another --out"):
             main([str(whole), "--out", str(out)])
-    assert (tmp_path / "folder" / "precious").read_text() == "mine" and len(list(tmp_path.iterdir())) == 2
+    assert (tmp_path / "folder" / "precious").read_text() == "mine" and len(
+        list(tmp_path.iterdir())
+    ) == 2
     (tmp_path / "empty").mkdir()
     main([str(whole), "--out", str(tmp_path / "empty")])
     assert (tmp_path / "empty" / "config.json").exists()
@@ -611,7 +755,9 @@ def test_mxfp4_refuses_what_it_cannot_hold(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"run", "nan"}
 
 
-@pytest.mark.parametrize("arguments", [[], ["a", "--export", "b", "--out", "c"], ["--export", "b"], ["a", "--mxfp4"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["a", "--export", "b", "--out", "c"], ["--export", "b"], ["a", "--mxfp4"]]
+)
 def test_options_that_do_not_go_together(arguments):
     with pytest.raises(SystemExit) as error:
         main(arguments)
@@ -631,7 +777,9 @@ def test_verify_passes_a_good_conversion_and_fails_a_bad_one(tmp_path, make, cap
     assert "with gates and ups exchanged" in printed
     path = next(out.glob("*.safetensors"))
     tensors = load_file(path)
-    tensors["blocks.0.mlp.down_weight"] = tensors["blocks.0.mlp.down_weight"].mT.contiguous()  # square: loads in silence
+    tensors["blocks.0.mlp.down_weight"] = tensors[
+        "blocks.0.mlp.down_weight"
+    ].mT.contiguous()  # square: loads in silence
     save_file(tensors, path)
     with pytest.raises(SystemExit, match="does not compute what"):
         main([str(source), "--out", str(out), "--verify"])
@@ -641,10 +789,15 @@ def test_verify_in_bf16_judges_the_median_token(tmp_path, capsys, monkeypatch):
     """Where memory is short for fp32. Of a model with weights this large some tokens meet other experts in bf16."""
     source, out = hugging_face_folder(tmp_path / "source", (64, 64)), tmp_path / "ours"
     (source / "tokenizer.json").unlink()
-    edit_tensors(source, lambda tensors: [t.mul_(0.2) for name, t in tensors.items() if "experts" not in name])
+    edit_tensors(
+        source,
+        lambda tensors: [t.mul_(0.2) for name, t in tensors.items() if "experts" not in name],
+    )
     monkeypatch.setattr(convert_hf, "free_memory", lambda: 0)
     main([str(source), "--out", str(out), "--verify"])
-    found = re.search(r"tokens in bfloat16, .*: (\S+), and (\S+) for the median", capsys.readouterr().out)
+    found = re.search(
+        r"tokens in bfloat16, .*: (\S+), and (\S+) for the median", capsys.readouterr().out
+    )
     assert float(found[2]) < 0.5 and float(found[2]) < float(found[1])
     path = next(out.glob("*.safetensors"))
     tensors = load_file(path)
@@ -673,9 +826,13 @@ def test_verify_at_the_20bs_layer_shapes(tmp_path, capsys):
 def test_free_memory(monkeypatch):
     assert 2**28 < convert_hf.free_memory() < 2**50
     if convert_hf.DEVICE == "cpu" and Path("/proc/meminfo").exists():
-        monkeypatch.setattr(Path, "read_text", lambda path: "MemFree: 1 kB\nMemAvailable:    4096 kB\n")
+        monkeypatch.setattr(
+            Path, "read_text", lambda path: "MemFree: 1 kB\nMemAvailable:    4096 kB\n"
+        )
         assert convert_hf.free_memory() == 2**22
-        monkeypatch.setattr(Path, "read_text", lambda path: (_ for _ in ()).throw(FileNotFoundError(path)))
+        monkeypatch.setattr(
+            Path, "read_text", lambda path: (_ for _ in ()).throw(FileNotFoundError(path))
+        )
         assert 2**28 < convert_hf.free_memory() < 2**50, "as on macOS"
 
 
@@ -683,7 +840,9 @@ def test_verify_refuses_a_comparison_that_cannot_fail(tmp_path):
     """With all experts zero, exchanged gates and ups change nothing: the control fails."""
     source = hugging_face_folder(tmp_path / "source")
     (source / "tokenizer.json").unlink()
-    edit_tensors(source, lambda tensors: [t.zero_() for name, t in tensors.items() if "experts" in name])
+    edit_tensors(
+        source, lambda tensors: [t.zero_() for name, t in tensors.items() if "experts" in name]
+    )
     import_checkpoint(str(source), tmp_path / "ours")
     with pytest.raises(ValueError, match="does not compute what"):
         verify(str(source), tmp_path / "ours")
@@ -694,10 +853,14 @@ def test_command_line(tmp_path, whole):
 
     def run(*arguments):
         command = [sys.executable, str(ROOT / "convert_hf.py"), *map(str, arguments)]
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
 
     done = run(whole)
     assert done.returncode == 0, done.stderr
     assert "GB/s" in done.stdout and (tmp_path / "checkpoints" / "source" / "config.json").exists()
     offline = run("openai/no-such-model-of-theirs")
-    assert offline.returncode == 1 and offline.stderr.startswith("error: openai/no-such-model-of-theirs: no such folder here")
+    assert offline.returncode == 1 and offline.stderr.startswith(
+        "error: openai/no-such-model-of-theirs: no such folder here"
+    )

@@ -20,33 +20,48 @@ from common import batch, gradients, noise_, relative, run_ranks, tiny_config
 from torch.distributed.device_mesh import init_device_mesh
 
 import sp
-from memory import HostMemory
+from loop.memory import HostMemory
+from loop.options import Options
 from model import GPTOSS, IGNORED, GPTOSSConfig
-from options import Options
 from train import build_model
 
 CASES = {  # ranks, what train.py is told, and whether two documents share a row
     "sp 2": (2, {"sp": 2, "recompute": "none"}, False),
     "sp 2, documents, all recomputed": (2, {"sp": 2, "recompute": "all"}, True),
-    "sp 2, a block kept, two micro-batches": (2, {"sp": 2, "recompute": "attention", "keep_blocks": 1, "micro_batch": 1}, False),
-    "sp 2, attention kept, offload": (2, {"sp": 2, "recompute": "attention", "offload": True}, False),
+    "sp 2, a block kept, two micro-batches": (
+        2,
+        {"sp": 2, "recompute": "attention", "keep_blocks": 1, "micro_batch": 1},
+        False,
+    ),
+    "sp 2, attention kept, offload": (
+        2,
+        {"sp": 2, "recompute": "attention", "offload": True},
+        False,
+    ),
     "dp 2, offload": (2, {"sp": 1, "recompute": "all", "offload": True}, False),
     "dp 2, sp 2": (4, {"sp": 2, "recompute": "all"}, True),
     "replicas of dp 2": (4, {"sp": 1, "replicas": 2, "recompute": "attention"}, False),
 }
-SMALL = tiny_config(hidden_size=24, intermediate_size=16, num_key_value_heads=6)  # in bf16 experts want sizes that 8 divides
+SMALL = tiny_config(
+    hidden_size=24, intermediate_size=16, num_key_value_heads=6
+)  # in bf16 experts want sizes that 8 divides
 TRUE = GPTOSSConfig(num_hidden_layers=2, vocab_size=8192)
 
 
 def whole_batch(config, B, S, documents):
     tokens, targets = batch(config, B, S)
     targets[:, : S // 3] = IGNORED  # so that the ranks' counts differ
-    cut = torch.arange(B)[:, None] + S // 3  # in the first of two slices, and not at the same place in every row
+    cut = (
+        torch.arange(B)[:, None] + S // 3
+    )  # in the first of two slices, and not at the same place in every row
     return tokens, targets, (torch.arange(S) >= cut).int() if documents else None
 
 
 def outcome(loss, model):
-    grads = {name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for name, grad in gradients(model).items()}
+    grads = {
+        name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+        for name, grad in gradients(model).items()
+    }
     return {"loss": loss.detach(), **grads}
 
 
@@ -66,9 +81,19 @@ def together(config, batch, device, dtype, rounding, told):
     ranks, rank = dist.get_world_size(), dist.get_rank()
     optimizer = "fp32" if dtype == torch.float32 else "split"
     rows = len(batch[0]) * told["sp"] // ranks  # of each group of ranks
-    options = Options(**{**asdict(config), "batch_size": ranks, "micro_batch": rows, "optimizer": optimizer, **told})
+    options = Options(
+        **{
+            **asdict(config),
+            "batch_size": ranks,
+            "micro_batch": rows,
+            "optimizer": optimizer,
+            **told,
+        }
+    )
     groups = ranks // options.sp
-    sp.init(init_device_mesh(device.type, (groups, options.sp), mesh_dim_names=("batch", "sp"))["sp"])
+    sp.init(
+        init_device_mesh(device.type, (groups, options.sp), mesh_dim_names=("batch", "sp"))["sp"]
+    )
     shape = options.replicas, ranks // options.replicas
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replica", "shard"))
     model = noise_(build_model(options, config, device, mesh, dtype), rounding=rounding)
@@ -98,13 +123,23 @@ def compare(cases, config, S, device_type):
     roundings of the weights, with the model as it is, and with only as many experts as a token uses."""
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     device = torch.device(device_type, dist.get_rank() if device_type == "cuda" else None)
-    rows, references, configs = [], {}, (config, replace(config, num_experts=config.experts_per_token))
+    rows, references, configs = (
+        [],
+        {},
+        (config, replace(config, num_experts=config.experts_per_token)),
+    )
     for name in cases:
         _, told, documents = CASES[name]
-        inputs = [x if x is None else x.to(device) for x in whole_batch(config, dist.get_world_size(), S, documents)]
+        inputs = [
+            x if x is None else x.to(device)
+            for x in whole_batch(config, dist.get_world_size(), S, documents)
+        ]
         if documents not in references:
             exact = alone(config, inputs, device, torch.float32, None)
-            rounded = [[alone(c, inputs, device, torch.bfloat16, rounding) for rounding in (1, 2)] for c in configs]
+            rounded = [
+                [alone(c, inputs, device, torch.bfloat16, rounding) for rounding in (1, 2)]
+                for c in configs
+            ]
             references[documents] = exact, rounded
         exact, rounded = references[documents]
         found = together(config, inputs, device, torch.float32, None, told)
@@ -112,7 +147,10 @@ def compare(cases, config, S, device_type):
         worst, shares = max(errors, key=errors.get), []
         line = f"{name}: fp32 {errors[worst]:.1e} ({worst})"
         for c, (plain, other) in zip(configs, rounded):
-            in_bf16, noise = difference(together(c, inputs, device, torch.bfloat16, 1, told), plain), difference(other, plain)
+            in_bf16, noise = (
+                difference(together(c, inputs, device, torch.bfloat16, 1, told), plain),
+                difference(other, plain),
+            )
             shares.append(in_bf16 / noise)
             line += f"; bf16, {c.num_experts} experts: {in_bf16:.1e}, two roundings of the weights {noise:.1e}"
         rows.append((name, errors, shares))
@@ -123,11 +161,15 @@ def compare(cases, config, S, device_type):
 
 def assert_ranks_equal_one(ranks, limits, *arguments, **settings):
     """Of all cases for so many ranks; `limits` are those of compare's two shares."""
-    rows, *_ = run_ranks(ranks, compare, [name for name in CASES if CASES[name][0] == ranks], *arguments, **settings)
+    rows, *_ = run_ranks(
+        ranks, compare, [name for name in CASES if CASES[name][0] == ranks], *arguments, **settings
+    )
     for name, errors, shares in rows:
         wrong = {what: error for what, error in errors.items() if not error <= 1e-5}
         assert not wrong, f"{name}: {wrong}"
-        assert all(share <= limit for share, limit in zip(shares, limits)), f"{name}: {shares} of two roundings of the weights"
+        assert all(share <= limit for share, limit in zip(shares, limits)), (
+            f"{name}: {shares} of two roundings of the weights"
+        )
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

@@ -26,12 +26,15 @@ from common import (
 from torch._inductor import metrics
 from torch.distributed.device_mesh import init_device_mesh
 
-import memory
+import fast
 import model as model_module
 import sp
-from memory import HostMemory, SplitAdamW, estimate, join
-from model import GPTOSS, CudnnSinkAttention, GPTOSSConfig, block_mask, cudnn_refuses, dense_attention, flex_sink_attention
-from options import Options
+from fast import CudnnSinkAttention, block_mask, cudnn_refuses
+from loop import memory
+from loop.budget import estimate
+from loop.memory import HostMemory, SplitAdamW, join
+from loop.options import Options
+from model import GPTOSS, GPTOSSConfig, dense_attention, flex_sink_attention
 from sample import generate
 from train import build_model
 
@@ -55,14 +58,21 @@ def attention_inputs(S, dtype, B=2, H=32, K=4, D=64):
     """q, k, v, sinks and a gradient of the output."""
     generator = torch.Generator(CUDA).manual_seed(S)
     shapes = (B, S, H, D), (B, S, K, D), (B, S, K, D), (H,), (B, S, H, D)
-    *inputs, grad = (torch.randn(shape, generator=generator, device=CUDA).to(dtype) for shape in shapes)
+    *inputs, grad = (
+        torch.randn(shape, generator=generator, device=CUDA).to(dtype) for shape in shapes
+    )
     return inputs, grad
 
 
 def outcome(attention, inputs, grad, dtype):
     leaves = [x.to(dtype, copy=True).requires_grad_() for x in inputs]
     out = attention(*leaves)
-    return dict(zip(["out", "dq", "dk", "dv", "dsinks"], (out, *torch.autograd.grad(out, leaves, grad.to(dtype)))))
+    return dict(
+        zip(
+            ["out", "dq", "dk", "dv", "dsinks"],
+            (out, *torch.autograd.grad(out, leaves, grad.to(dtype))),
+        )
+    )
 
 
 def assert_as_near_as_dense(attention, inputs, grad, window=None, documents=None):
@@ -71,7 +81,10 @@ def assert_as_near_as_dense(attention, inputs, grad, window=None, documents=None
     exact = outcome(dense, inputs, grad, torch.float64)
     plain = outcome(dense, inputs, grad, torch.bfloat16)
     actual = outcome(attention, inputs, grad, torch.bfloat16)
-    errors = {name: (relative(actual[name], exact[name]), relative(plain[name], exact[name])) for name in exact}
+    errors = {
+        name: (relative(actual[name], exact[name]), relative(plain[name], exact[name]))
+        for name in exact
+    }
     print({name: f"{ours:.1e} of {theirs:.1e}" for name, (ours, theirs) in errors.items()})
     assert all(ours <= 1.1 * theirs for ours, theirs in errors.values()), errors
 
@@ -84,7 +97,14 @@ def two_rows_of_documents(S):
 
 @pytest.mark.parametrize(
     "S, window, documents",
-    [(1000, None, False), (1000, 128, False), (1000, None, True), (300, 128, True), (512, 129, True), (70, 16, True)]
+    [
+        (1000, None, False),
+        (1000, 128, False),
+        (1000, None, True),
+        (300, 128, True),
+        (512, 129, True),
+        (70, 16, True),
+    ]
     + [(1300, 128, False)],  # what padding broke: see fused
 )
 def test_flex_attention(S, window, documents):
@@ -96,7 +116,11 @@ def test_flex_attention(S, window, documents):
 @pytest.mark.parametrize(
     "S, H, K, window, documents",
     [(300, 32, 4, None, False), (300, 32, 4, 128, True)]
-    + [(1300, 32, 4, 128, False), (1300, 32, 4, None, True), (300, 4, 1, None, False)],  # what padding broke: see fused
+    + [
+        (1300, 32, 4, 128, False),
+        (1300, 32, 4, None, True),
+        (300, 4, 1, None, False),
+    ],  # what padding broke: see fused
 )
 def test_flex_attention_in_fp32(S, H, K, window, documents):
     documents = two_rows_of_documents(S) if documents else None
@@ -109,7 +133,9 @@ def test_flex_attention_in_fp32(S, H, K, window, documents):
 
 def skip_without_cudnn():
     refusal = cudnn_refuses(CUDA, torch.bfloat16, 64)
-    assert refusal is None or torch.cuda.get_device_capability() < (9, 0), refusal  # a Hopper GPU has no excuse
+    assert refusal is None or torch.cuda.get_device_capability() < (9, 0), (
+        refusal
+    )  # a Hopper GPU has no excuse
     if refusal:
         pytest.skip(f"cuDNN's attention: {refusal}")
 
@@ -128,7 +154,10 @@ def test_attention_memory_grows_with_the_length(kind):
     S = 32 * 1024
     inputs, grad = attention_inputs(S, torch.bfloat16, B=1, H=8, K=1)
     documents = two_rows_of_documents(S)[:1] if kind == "flex, documents" else None
-    attention = functools.partial(flex_sink_attention, mask=block_mask(S, None if documents is not None else 128, documents, CUDA))
+    attention = functools.partial(
+        flex_sink_attention,
+        mask=block_mask(S, None if documents is not None else 128, documents, CUDA),
+    )
     attention = CudnnSinkAttention.apply if kind == "cudnn" else attention
     outcome(attention, inputs, grad, torch.bfloat16)  # compiles
     torch.cuda.reset_peak_memory_stats()
@@ -140,14 +169,22 @@ def test_attention_memory_grows_with_the_length(kind):
 
 def test_choice_of_attention(capsys):
     skip_without_cudnn()
-    model_module.say.cache_clear()
+    fast.say.cache_clear()
     choose = functools.partial(model_module.choose_attention, 256, device=CUDA, head_dim=64)
     documents = two_rows_of_documents(256)
     assert choose(None, None, dtype=torch.bfloat16) == CudnnSinkAttention.apply
-    for window, packing, dtype in (128, None, torch.bfloat16), (None, documents, torch.bfloat16), (None, None, torch.float32):
+    for window, packing, dtype in (
+        (128, None, torch.bfloat16),
+        (None, documents, torch.bfloat16),
+        (None, None, torch.float32),
+    ):
         assert choose(window, packing, dtype=dtype).func is flex_sink_attention
     said = capsys.readouterr().out
-    assert "full layers: cuDNN" in said and "window 128 layers: FlexAttention" in said and "has no torch.float32" in said
+    assert (
+        "full layers: cuDNN" in said
+        and "window 128 layers: FlexAttention" in said
+        and "has no torch.float32" in said
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -156,12 +193,33 @@ def test_choice_of_attention(capsys):
 
 def small_config(**changes):
     """Sizes that the fused kernels and grouped matmuls are made for."""
-    sizes = {"num_hidden_layers": 4, "num_experts": 8, "vocab_size": 1024, "hidden_size": 256, "intermediate_size": 192}
-    sizes |= {"head_dim": 64, "num_attention_heads": 8, "num_key_value_heads": 2, "sliding_window": 128, "swiglu_limit": 7.0}
+    sizes = {
+        "num_hidden_layers": 4,
+        "num_experts": 8,
+        "vocab_size": 1024,
+        "hidden_size": 256,
+        "intermediate_size": 192,
+    }
+    sizes |= {
+        "head_dim": 64,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "sliding_window": 128,
+        "swiglu_limit": 7.0,
+    }
     return tiny_config(**{**sizes, "max_position_embeddings": 4096, **changes})
 
 
-def run_model(config, tokens, targets, documents=None, device=CUDA, dtype=torch.float32, recompute="none", offload=False):
+def run_model(
+    config,
+    tokens,
+    targets,
+    documents=None,
+    device=CUDA,
+    dtype=torch.float32,
+    recompute="none",
+    offload=False,
+):
     """{loss and the gradient of every parameter}, on the CPU, of a model whose weights bf16 can hold."""
     model = noise_(GPTOSS(config)).bfloat16().to(device, dtype)
     model.recompute = recompute
@@ -169,7 +227,10 @@ def run_model(config, tokens, targets, documents=None, device=CUDA, dtype=torch.
     with HostMemory() if offload else nullcontext():
         loss = model(tokens.to(device), targets.to(device), documents)
     loss.backward()
-    return {"loss": loss.detach().cpu(), **{name: gradient.cpu() for name, gradient in gradients(model).items()}}
+    return {
+        "loss": loss.detach().cpu(),
+        **{name: gradient.cpu() for name, gradient in gradients(model).items()},
+    }
 
 
 @pytest.mark.parametrize("documents", [False, True])
@@ -183,7 +244,10 @@ def test_model_in_fp32(documents):
 
 
 def error_of_all(actual, expected):
-    flat = [torch.cat([tensors[name].double().flatten() for name in expected if name != "loss"]) for tensors in (actual, expected)]
+    flat = [
+        torch.cat([tensors[name].double().flatten() for name in expected if name != "loss"])
+        for tensors in (actual, expected)
+    ]
     return relative(*flat)
 
 
@@ -191,7 +255,9 @@ def test_model_in_bf16():
     """Against fp32, beside the definition's own error in bf16 on a CPU; half as much again, as each misroutes other tokens."""
     tokens, targets = batch(small_config(), 2, 300)
     exact = run_model(small_config(), tokens, targets, device=torch.device("cpu"))
-    plain = run_model(small_config(), tokens, targets, device=torch.device("cpu"), dtype=torch.bfloat16)
+    plain = run_model(
+        small_config(), tokens, targets, device=torch.device("cpu"), dtype=torch.bfloat16
+    )
     actual = run_model(small_config(), tokens, targets, dtype=torch.bfloat16)
     assert relative(actual["loss"], exact["loss"]) <= 1e-2
     assert error_of_all(actual, exact) <= 1.5 * error_of_all(plain, exact)
@@ -223,28 +289,49 @@ def test_new_documents_compile_nothing(recompute):
 
     def step(seed):
         tokens, targets = (x.to(CUDA) for x in batch(config, 2, 384, seed))
-        documents = torch.randint(3, (2, 384), generator=torch.Generator().manual_seed(seed)).sort().values.to(CUDA)
+        documents = (
+            torch.randint(3, (2, 384), generator=torch.Generator().manual_seed(seed))
+            .sort()
+            .values.to(CUDA)
+        )
         model(tokens, targets, documents).backward()
 
     step(0)
-    stats = torch._dynamo.utils.counters["stats"]  # of all threads: a checkpointed block runs again in the backward's
+    stats = torch._dynamo.utils.counters[
+        "stats"
+    ]  # of all threads: a checkpointed block runs again in the backward's
     compiled = stats["unique_graphs"]
     step(1)
     step(2)
     assert compiled > 0 and stats["unique_graphs"] == compiled
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 1e-2), (torch.float32, 1e-5)], ids=["bf16", "fp32"])
-@pytest.mark.parametrize("k, used", [(3, range(7)), (2, [1, 4, 5]), (1, [3])], ids=["all used", "four unused", "all on one"])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.bfloat16, 1e-2), (torch.float32, 1e-5)], ids=["bf16", "fp32"]
+)
+@pytest.mark.parametrize(
+    "k, used",
+    [(3, range(7)), (2, [1, 4, 5]), (1, [3])],
+    ids=["all used", "four unused", "all on one"],
+)
 @pytest.mark.parametrize("tile", [1 << 15, 9])
 def test_experts(k, used, dtype, tolerance, tile, monkeypatch):
-    monkeypatch.setattr(model_module, "EXPERT_TOKENS", tile)
-    experts, weights, x, *parameters, grad = (t.to(CUDA) for t in expert_inputs(33, k, list(used), dtype))
+    monkeypatch.setattr(fast, "EXPERT_TOKENS", tile)
+    experts, weights, x, *parameters, grad = (
+        t.to(CUDA) for t in expert_inputs(33, k, list(used), dtype)
+    )
     names, outputs = ["x", "weights", "w1", "b1", "w2", "b2"], []
-    for function, last, wide in (model_module.ExpertsFunction.apply, (0.9, True), False), (naive_experts, (0.9,), True):
-        leaves = [(t.double() if wide else t.clone()).requires_grad_() for t in (x, weights, *parameters)]
+    for function, last, wide in (
+        (fast.ExpertsFunction.apply, (0.9, True), False),
+        (naive_experts, (0.9,), True),
+    ):
+        leaves = [
+            (t.double() if wide else t.clone()).requires_grad_() for t in (x, weights, *parameters)
+        ]
         out = function(leaves[0], experts, *leaves[1:], *last)
-        outputs.append({"out": out, **dict(zip(names, torch.autograd.grad(out, leaves, grad.to(out.dtype))))})
+        outputs.append(
+            {"out": out, **dict(zip(names, torch.autograd.grad(out, leaves, grad.to(out.dtype))))}
+        )
     assert_all_close(*outputs, tolerance)
     unused = sorted(set(range(7)) - set(used))
     assert all((outputs[0][name][unused] == 0).all() for name in ["w1", "b1", "w2", "b2"])
@@ -261,35 +348,47 @@ def test_loss_memory(what):
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     if what == "loss":
-        model_module.CrossEntropy.apply(x, weight, targets, torch.tensor(float(N), device=CUDA)).backward()
+        fast.CrossEntropy.apply(x, weight, targets, torch.tensor(float(N), device=CUDA)).backward()
     else:
-        model_module.LogProbs.apply(x, weight, targets).sum().backward()
+        fast.LogProbs.apply(x, weight, targets).sum().backward()
     peak = torch.cuda.max_memory_allocated() - before - 4 * V * C
     assert peak <= 3 * GIB, f"{peak / GIB:.2f} GiB"
     assert x.grad.isfinite().all() and weight.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 1e-2), (torch.float32, 1e-5)], ids=["bf16", "fp32"])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.bfloat16, 1e-2), (torch.float32, 1e-5)], ids=["bf16", "fp32"]
+)
 def test_loss(dtype, tolerance, monkeypatch):
     """Loss and logprobs and their gradients, in several pieces, against log_softmax in fp64."""
-    monkeypatch.setattr(model_module, "LOSS_ROWS", 128)
+    monkeypatch.setattr(fast, "LOSS_TOKENS", 128)
     generator = torch.Generator(CUDA).manual_seed(0)
-    x, weight = (torch.randn(shape, generator=generator, device=CUDA).to(dtype) for shape in ((300, 64), (1000, 64)))
+    x, weight = (
+        torch.randn(shape, generator=generator, device=CUDA).to(dtype)
+        for shape in ((300, 64), (1000, 64))
+    )
     targets = torch.randint(1000, (300,), generator=generator, device=CUDA)
     targets[::5] = model_module.IGNORED
-    scale, counted = torch.randn(300, generator=generator, device=CUDA), targets != model_module.IGNORED
+    scale, counted = (
+        torch.randn(300, generator=generator, device=CUDA),
+        targets != model_module.IGNORED,
+    )
     for kind in ("loss", "logprobs"):
         outputs = []
         for leaves in [x.clone(), weight.clone() / 8], [x.double(), (weight / 8).double()]:
             a, b = (leaf.requires_grad_() for leaf in leaves)
             if a.dtype == torch.float64:
-                logprobs = (a @ b.t()).log_softmax(-1).gather(1, targets.clamp(min=0)[:, None])[:, 0] * counted
+                logprobs = (a @ b.t()).log_softmax(-1).gather(1, targets.clamp(min=0)[:, None])[
+                    :, 0
+                ] * counted
                 out = -logprobs.sum() / counted.sum() if kind == "loss" else logprobs
             elif kind == "loss":
-                out = model_module.CrossEntropy.apply(a, b, targets, counted.sum().float())
+                out = fast.CrossEntropy.apply(a, b, targets, counted.sum().float())
             else:
-                out = model_module.LogProbs.apply(a, b, targets)
-            grads = torch.autograd.grad(out, (a, b), torch.ones_like(out) if kind == "loss" else scale.to(out.dtype))
+                out = fast.LogProbs.apply(a, b, targets)
+            grads = torch.autograd.grad(
+                out, (a, b), torch.ones_like(out) if kind == "loss" else scale.to(out.dtype)
+            )
             outputs.append(dict(zip(["out", "x", "weight"], (out, *grads))))
         assert_all_close(*outputs, tolerance)
 
@@ -297,7 +396,15 @@ def test_loss(dtype, tolerance, monkeypatch):
 def test_kept_blocks_keep_what_is_estimated():
     """At the 20b's layer shapes: what two blocks keep beyond their inputs, against memory.estimate."""
     config = GPTOSSConfig(num_hidden_layers=2, vocab_size=1024)
-    run = {"ranks": 1, "sp": 1, "replicas": 1, "seq_len": 8192, "micro_batch": 1, "optimizer": "bf16", "offload": False}
+    run = {
+        "ranks": 1,
+        "sp": 1,
+        "replicas": 1,
+        "seq_len": 8192,
+        "micro_batch": 1,
+        "optimizer": "bf16",
+        "offload": False,
+    }
     model = noise_(GPTOSS(config, "all").to(CUDA, torch.bfloat16))
     tokens, targets = (x.to(CUDA) for x in batch(config, 1, run["seq_len"]))
     kept, estimated = {}, {}
@@ -315,21 +422,27 @@ def test_kept_blocks_keep_what_is_estimated():
 
 def test_swiglu_backward_is_one_kernel():
     """What its docstring says of the compiler."""
-    h, bias, da = (torch.randn(shape, device=CUDA).bfloat16() for shape in [(256, 128), (4, 128), (256, 64)])
+    h, bias, da = (
+        torch.randn(shape, device=CUDA).bfloat16() for shape in [(256, 128), (4, 128), (256, 64)]
+    )
     expert, weight = torch.randint(4, (256,), device=CUDA), torch.rand(256, device=CUDA)
     dh = torch.empty_like(h)
     metrics.reset()
-    model_module.swiglu_backward_(h, bias, expert, 7.0, da, weight, *dh.chunk(2, dim=-1))
+    fast.swiglu_backward_(h, bias, expert, 7.0, da, weight, *dh.chunk(2, dim=-1))
     assert metrics.generated_kernel_count == 1
 
 
 @pytest.mark.parametrize("recompute", ["all", "attention"])
 def test_host_memory(recompute, monkeypatch):
     """Block inputs that waited in host memory give the same gradients, and while they wait the GPU does not hold them."""
-    monkeypatch.setattr(memory, "PIECE", 1_000_000)  # of 2,097,152 numbers: the last piece is a rest
+    monkeypatch.setattr(
+        memory, "PIECE", 1_000_000
+    )  # of 2,097,152 numbers: the last piece is a rest
     config = small_config(num_hidden_layers=8)
     model = noise_(GPTOSS(config, recompute)).to(CUDA, torch.bfloat16)
-    torch.use_deterministic_algorithms(True, warn_only=True)  # FlexAttention everywhere: two runs can be compared bit by bit
+    torch.use_deterministic_algorithms(
+        True, warn_only=True
+    )  # FlexAttention everywhere: two runs can be compared bit by bit
     try:
         tokens, targets = (x.to(CUDA) for x in batch(config, 2, 4096))
         kept, outcomes = [], []
@@ -386,16 +499,22 @@ def test_generation():
 
 def twice_deterministic():
     """For each gradient and the loss, whether two runs give the same bits."""
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA starts, which in this process it has not
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = (
+        ":4096:8"  # read when CUDA starts, which in this process it has not
+    )
     assert not torch.cuda.is_initialized()
     torch.use_deterministic_algorithms(True)
     equal = {}
     for documents in (None, two_rows_of_documents(300)):
         for dtype, recompute in (torch.bfloat16, "attention"), (torch.float32, "none"):
             tokens, targets = batch(small_config(), 2, 300)
-            a, b = (run_model(small_config(), tokens, targets, documents, CUDA, dtype, recompute) for _ in range(2))
+            a, b = (
+                run_model(small_config(), tokens, targets, documents, CUDA, dtype, recompute)
+                for _ in range(2)
+            )
             equal |= {
-                f"{name} {dtype} {documents is None}": torch.equal(a[name], b[name]) and bool(a[name].isfinite().all())
+                f"{name} {dtype} {documents is None}": torch.equal(a[name], b[name])
+                and bool(a[name].isfinite().all())
                 for name in a
             }
     return equal
@@ -416,10 +535,15 @@ def gradients_of_training():
         model = build_model(options, small_config(), CUDA, mesh, torch.bfloat16)
         tokens, targets = batch(small_config(), 1, 256)
         model(tokens.to(CUDA), targets.to(CUDA)).backward()
-        segments = [(s["address"], s["address"] + s["total_size"], s["stream"]) for s in torch.cuda.memory_snapshot()]
+        segments = [
+            (s["address"], s["address"] + s["total_size"], s["stream"])
+            for s in torch.cuda.memory_snapshot()
+        ]
         for name, gradient in gradients(model).items():
             place = gradient.to_local().data_ptr()
-            (found[optimizer, name],) = (stream for start, end, stream in segments if start <= place < end)
+            (found[optimizer, name],) = (
+                stream for start, end, stream in segments if start <= place < end
+            )
     return found
 
 
@@ -430,7 +554,9 @@ def test_gradients_lie_in_the_computations_memory():
     assert set(found.values()) == {torch.cuda.current_stream().cuda_stream}
 
 
-NCCL_CASES = [(documents, kv_heads, "none", False) for documents in (False, True) for kv_heads in (1, 2)]
+NCCL_CASES = [
+    (documents, kv_heads, "none", False) for documents in (False, True) for kv_heads in (1, 2)
+]
 NCCL_CASES += [(False, 2, "attention", False), (False, 2, "all", True)]
 
 
@@ -439,7 +565,12 @@ def nccl_case(documents, kv_heads, recompute, offload, cut):
     tokens, targets = batch(config, 2, 300)
     targets[:, 10:120] = model_module.IGNORED  # so that the ranks' counts differ
     documents = two_rows_of_documents(300) if documents else None
-    return run_model(config, *cut(tokens.to(CUDA), targets.to(CUDA), documents), recompute=recompute, offload=offload)
+    return run_model(
+        config,
+        *cut(tokens.to(CUDA), targets.to(CUDA), documents),
+        recompute=recompute,
+        offload=offload,
+    )
 
 
 def on_two_gpus():

@@ -9,10 +9,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from memory import BYTES, SplitAdamW, estimate, join, recomputed_flops, split
+from loop import budget
+from loop.budget import BYTES, estimate, recomputed_flops
+from loop.memory import SplitAdamW, join, split
 from model import GPTOSS
 
-BITS = st.integers(0, 0x7F7F7FFF) | st.integers(-(2**31), -(2**31) + 0x7F7F7FFF)  # of floats that do not round to infinity
+BITS = st.integers(0, 0x7F7F7FFF) | st.integers(
+    -(2**31), -(2**31) + 0x7F7F7FFF
+)  # of floats that do not round to infinity
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -33,11 +37,15 @@ def test_split_and_join(bits):
     nearest = weights.bfloat16()  # rounds a tie to even, split away from zero
     tie = weights.view(torch.int32) & 0xFFFF == 0x8000
     assert torch.equal(high[~tie].view(torch.int16), nearest[~tie].view(torch.int16))
-    assert torch.equal((high[tie].float() - weights[tie]).abs(), (nearest[tie].float() - weights[tie]).abs())
+    assert torch.equal(
+        (high[tie].float() - weights[tie]).abs(), (nearest[tie].float() - weights[tie]).abs()
+    )
 
 
 def test_split_at_the_edges():
-    edges = master(0, -(2**31), 1, 0x7FFF, 0x8000, 0x8001, 0x3F7FFFFF, 0x3F808000, 0x3F818000, 0x7F7F7FFF)
+    edges = master(
+        0, -(2**31), 1, 0x7FFF, 0x8000, 0x8001, 0x3F7FFFFF, 0x3F808000, 0x3F818000, 0x7F7F7FFF
+    )
     edges = torch.cat((edges, -edges))
     assert torch.equal(join(*split(edges)).view(torch.int32), edges.view(torch.int32))
 
@@ -75,7 +83,9 @@ def test_first_step_is_pytorchs():
     q.grad = gradient(q.shape, 0).float()
     theirs.step()
     start = random_weight().float()
-    assert relative(master_of(optimizer, p) - start, q - start) < 1e-4  # a weight's own fp32 resolution is 1e-5 of its step
+    assert (
+        relative(master_of(optimizer, p) - start, q - start) < 1e-4
+    )  # a weight's own fp32 resolution is 1e-5 of its step
     assert torch.equal(p, split(master_of(optimizer, p))[0])
 
 
@@ -97,7 +107,9 @@ def test_no_update_is_lost():
     for _ in range(1000):
         p.grad = torch.ones_like(p)
         optimizer.step()
-    assert torch.allclose(1 - master_of(optimizer, p), torch.full((4,), 1e-3), rtol=0.06)  # each step is rounded to 1.2e-7 / 2
+    assert torch.allclose(
+        1 - master_of(optimizer, p), torch.full((4,), 1e-3), rtol=0.06
+    )  # each step is rounded to 1.2e-7 / 2
     assert torch.equal(p, torch.full_like(p, 1 - 2**-10).bfloat16())
 
 
@@ -122,7 +134,9 @@ def test_parameter_without_gradient_is_left_alone():
     assert torch.equal(p, random_weight()) and optimizer.state[p]["step"] == 0
 
 
-@pytest.mark.parametrize("shape, rows", [((3, 32), (6, 16)), ((1, 16), (1, 16)), ((5, 3), (15, 1)), ((0, 7), (0, 16))])
+@pytest.mark.parametrize(
+    "shape, rows", [((3, 32), (6, 16)), ((1, 16), (1, 16)), ((5, 3), (15, 1)), ((0, 7), (0, 16))]
+)
 def test_rows_are_the_tensor(shape, rows):
     t = torch.zeros(shape)
     assert SplitAdamW.rows(t).shape == rows
@@ -208,10 +222,17 @@ def test_what_is_kept_for_the_backward():
     layer = 2 * tokens * config.hidden_size
     assert kept() == 4 * layer and kept(offload=True) == 2 * layer and kept(sp=8) == 2 * layer
     assert kept(recompute="attention") == 4 * layer + 2 * tokens * (2 * 6 * 8 + 4 * 6)
-    block = 2 * tokens * (4 * 20 + (6 + 2 * 4) * 8 + 2 * 6 * 8 + 2 * 2 * 12)  # at sp 4 three key-value heads would be four
-    assert kept(recompute="none") == 4 * block and kept(keep_blocks=9) == kept(keep_blocks=4) == 4 * block
+    block = (
+        2 * tokens * (4 * 20 + (6 + 2 * 4) * 8 + 2 * 6 * 8 + 2 * 2 * 12)
+    )  # at sp 4 three key-value heads would be four
+    assert (
+        kept(recompute="none") == 4 * block
+        and kept(keep_blocks=9) == kept(keep_blocks=4) == 4 * block
+    )
     assert kept(keep_blocks=1) == 3 * layer + block
-    assert kept(keep_blocks=2, recompute="attention") == 2 * layer + 2 * block + tokens * (2 * 6 * 8 + 4 * 6)
+    assert kept(keep_blocks=2, recompute="attention") == 2 * layer + 2 * block + tokens * (
+        2 * 6 * 8 + 4 * 6
+    )
     alone = 2 * 4 * tokens * (4 * 20 + (6 + 2 * 3) * 8 + 6 * 8 * 3 // 2 + 2 * 2 * 12)
     assert kept(keep_blocks=4, sp=1) == 4 * alone
 
@@ -223,15 +244,31 @@ def gathered(ranks, kind, **changes):
 def test_two_ranks_add_gradients_in_bf16():
     """2 bytes a number instead of 4, unless the gradients are kept in fp32."""
     of = {(ranks, kind): gathered(ranks, kind) for ranks in (1, 2, 4) for kind in BYTES}
-    assert of[1, "split"] == of[2, "split"] == of[2, "bf16"] < of[2, "fp32"] == of[4, "split"] == of[4, "fp32"]
+    assert (
+        of[1, "split"]
+        == of[2, "split"]
+        == of[2, "bf16"]
+        < of[2, "fp32"]
+        == of[4, "split"]
+        == of[4, "fp32"]
+    )
 
 
 def test_replicas_wait_for_each_other():
     """FSDP holds the sums of all blocks, this rank's share of them in fp32, until the replicas' are added; but not those that
     are the gradients themselves."""
     held = 4 * 1_000_000 * 2 // 8
-    for kind, micro_batches, more in (("fp32", 1, 0), ("fp32", 2, held), ("split", 1, held), ("split", 2, held)):
-        assert gathered(8, kind, replicas=2, micro_batches=micro_batches) - gathered(8, kind, micro_batches=micro_batches) == more
+    for kind, micro_batches, more in (
+        ("fp32", 1, 0),
+        ("fp32", 2, held),
+        ("split", 1, held),
+        ("split", 2, held),
+    ):
+        assert (
+            gathered(8, kind, replicas=2, micro_batches=micro_batches)
+            - gathered(8, kind, micro_batches=micro_batches)
+            == more
+        )
 
 
 def test_longer_sequences_need_more_of_what_they_fill():
@@ -240,9 +277,12 @@ def test_longer_sequences_need_more_of_what_they_fill():
     assert all(size > 0 for size in short.values())
 
 
-def test_recomputed_flops_are_those_that_pytorch_counts():
-    config, S = tiny_config(hidden_size=24, intermediate_size=16), 32  # grouped matmuls in bf16 want sizes that 8 divides
-    config.keys = lambda layer, seq_len: seq_len  # the dense path computes every score
+def test_recomputed_flops_are_those_that_pytorch_counts(monkeypatch):
+    config, S = (
+        tiny_config(hidden_size=24, intermediate_size=16),
+        32,
+    )  # grouped matmuls in bf16 want sizes that 8 divides
+    monkeypatch.setattr(budget, "keys", lambda config, layer, S: S)  # the dense path computes all
     tokens, targets = batch(config, 1, S)
 
     def product(a, b, *_, out_shape=None, **__):
@@ -250,7 +290,10 @@ def test_recomputed_flops_are_those_that_pytorch_counts():
 
     def counted(*recompute):
         model, aten = noise_(GPTOSS(config, *recompute)).bfloat16(), torch.ops.aten
-        mapping = {aten._grouped_mm: product, aten.addmm_: lambda total, a, b, **settings: product(a, b)}
+        mapping = {
+            aten._grouped_mm: product,
+            aten.addmm_: lambda total, a, b, **settings: product(a, b),
+        }
         with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
             model(tokens, targets).backward()
         return counter.get_total_flops()
@@ -260,4 +303,6 @@ def test_recomputed_flops_are_those_that_pytorch_counts():
     for blocks in 0, 1:
         assert counted("all", blocks) - plain == S * recomputed_flops(config, S, "all", blocks) > 0
     full = 4 * 6 * 8 * S  # scores and values of the one layer that sees everything: 6 heads of 8
-    assert recomputed_flops(config, S, "all", 0) - recomputed_flops(config, S, "attention", 0) == full
+    assert (
+        recomputed_flops(config, S, "all", 0) - recomputed_flops(config, S, "attention", 0) == full
+    )

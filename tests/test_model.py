@@ -27,9 +27,12 @@ from safetensors.torch import load_file, save_file
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import checkpoint
+import fast
 import model as model_module
-from model import GPTOSS, IGNORED, GPTOSSConfig, apply_sinks, block_mask, dense_attention, rope_tables
+import weights as weights_module
+from fast import block_mask
+from loop.budget import flops_per_token
+from model import GPTOSS, IGNORED, GPTOSSConfig, apply_sinks, dense_attention, rope_tables
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Against transformers
@@ -37,10 +40,26 @@ from model import GPTOSS, IGNORED, GPTOSSConfig, apply_sinks, block_mask, dense_
 
 CASES = {  # name: (changes to tiny_config, B, S)
     "window in sequence": ({}, 2, 29),
-    "window past sequence": ({"sliding_window": 64, "num_key_value_heads": 6, "hidden_size": 24}, 3, 13),
-    "window of one, one kv head": ({"sliding_window": 1, "num_key_value_heads": 1, "num_hidden_layers": 4}, 1, 37),
-    "every expert": ({"experts_per_token": 5, "intermediate_size": 20, "head_dim": 2, "swiglu_limit": 0.3}, 2, 17),
-    "one expert each": ({"experts_per_token": 1, "num_experts": 9, "num_key_value_heads": 2, "hidden_size": 48}, 1, 101),
+    "window past sequence": (
+        {"sliding_window": 64, "num_key_value_heads": 6, "hidden_size": 24},
+        3,
+        13,
+    ),
+    "window of one, one kv head": (
+        {"sliding_window": 1, "num_key_value_heads": 1, "num_hidden_layers": 4},
+        1,
+        37,
+    ),
+    "every expert": (
+        {"experts_per_token": 5, "intermediate_size": 20, "head_dim": 2, "swiglu_limit": 0.3},
+        2,
+        17,
+    ),
+    "one expert each": (
+        {"experts_per_token": 1, "num_experts": 9, "num_key_value_heads": 2, "hidden_size": 48},
+        1,
+        101,
+    ),
     "no yarn": ({"rope_scaling_factor": 1.0, "num_hidden_layers": 2, "head_dim": 12}, 3, 1),
 }
 
@@ -48,7 +67,9 @@ CASES = {  # name: (changes to tiny_config, B, S)
 def compare_gradients(ours, theirs, tokens, targets):
     """Loss and the gradient of every parameter, with part of the targets masked."""
     loss = ours(tokens, targets)
-    expected = F.cross_entropy(theirs(tokens).logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+    expected = F.cross_entropy(
+        theirs(tokens).logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED
+    )
     loss.backward()
     expected.backward()
     assert relative(loss, expected) <= 1e-6
@@ -71,22 +92,27 @@ def test_logits_and_gradients(case):
 @pytest.mark.parametrize("tiled", [False, True], ids=["whole", "tiled"])
 @pytest.mark.parametrize("recompute", ["none", "attention", "all"])
 def test_gradients_recomputed_and_tiled(recompute, tiled, monkeypatch):
-    if tiled:  # neither divides the 58 rows, and the last tile is shorter than the number of experts
-        monkeypatch.setattr(model_module, "EXPERT_TOKENS", 11)
-        monkeypatch.setattr(model_module, "LOSS_ROWS", 7)
+    if (
+        tiled
+    ):  # neither divides the 58 rows, and the last tile is shorter than the number of experts
+        monkeypatch.setattr(fast, "EXPERT_TOKENS", 11)
+        monkeypatch.setattr(fast, "LOSS_TOKENS", 7)
     ours, theirs = twins(tiny_config(), seed=3, recompute=recompute)
     compare_gradients(ours, theirs, *batch(ours.config, 2, 29))
 
 
 @pytest.mark.parametrize("loss_rows", [2048, 5])
 def test_logprobs(loss_rows, monkeypatch):
-    monkeypatch.setattr(model_module, "LOSS_ROWS", loss_rows)
+    monkeypatch.setattr(fast, "LOSS_TOKENS", loss_rows)
     ours, theirs = twins(tiny_config(), seed=4)
     tokens, targets = batch(ours.config, 3, 19)
     cotangents = torch.randn(3, 19, generator=torch.Generator().manual_seed(5))
     logprobs = ours.logprobs(tokens, targets)
     counted = targets != IGNORED
-    expected = theirs(tokens).logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0] * counted
+    expected = (
+        theirs(tokens).logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+        * counted
+    )
     assert logprobs.dtype == torch.float32
     assert (logprobs[~counted] == 0).all()
     assert (logprobs - expected).abs().max() <= 1e-5
@@ -101,13 +127,24 @@ def test_packed_documents_equal_separate_runs(recompute):
     ours, theirs = twins(tiny_config(), seed=6, recompute=recompute)
     tokens, targets = batch(ours.config, 2, 31)
     lengths = [9, 1, 14, 7], [2, 29]
-    documents = torch.stack([packed(lengths[0], [5, 2, 9, 0]), packed(lengths[1], [2, 2**40])])  # in no order
+    documents = torch.stack(
+        [packed(lengths[0], [5, 2, 9, 0]), packed(lengths[1], [2, 2**40])]
+    )  # in no order
     logits = ours(tokens, documents=documents)
     loss = ours(tokens, targets, documents)
-    alone = [theirs(document[None]).logits[0] for row, cut in zip(tokens, lengths) for document in row.split(cut)]
+    alone = [
+        theirs(document[None]).logits[0]
+        for row, cut in zip(tokens, lengths)
+        for document in row.split(cut)
+    ]
     expected = torch.cat(alone).view_as(logits)
     assert (logits - expected).abs().max() <= 1e-5
-    assert relative(ours.logprobs(tokens, targets, documents).sum() / (targets != IGNORED).sum(), -loss) <= 1e-6
+    assert (
+        relative(
+            ours.logprobs(tokens, targets, documents).sum() / (targets != IGNORED).sum(), -loss
+        )
+        <= 1e-6
+    )
     loss.backward()
     F.cross_entropy(expected.flatten(0, 1), targets.flatten(), ignore_index=IGNORED).backward()
     assert_all_close(gradients(ours), hugging_face_gradients(theirs), 1e-5)
@@ -169,12 +206,17 @@ POSITIONS = torch.tensor([0, 1, 2, 127, 4095, 4096, 65535, 65536, 131070, 131071
 def hugging_face_tables(**changes):
     from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
 
-    cos, sin = GptOssRotaryEmbedding(hugging_face_config(GPTOSSConfig(), **changes))(torch.ones(1), POSITIONS[None])
+    cos, sin = GptOssRotaryEmbedding(hugging_face_config(GPTOSSConfig(), **changes))(
+        torch.ones(1), POSITIONS[None]
+    )
     return cos[0], sin[0]
 
 
 def table_error(expected):
-    return max((ours - theirs).abs().max().item() for ours, theirs in zip(rope_tables(GPTOSSConfig(), POSITIONS), expected))
+    return max(
+        (ours - theirs).abs().max().item()
+        for ours, theirs in zip(rope_tables(GPTOSSConfig(), POSITIONS), expected)
+    )
 
 
 def test_rotary_tables_of_the_real_model():
@@ -187,8 +229,12 @@ def test_rotary_tables_of_the_real_model():
 def test_yarn_ramp_of_the_real_model():
     """The ends of the ramp, read off the tables: between them it is a straight line."""
     config = GPTOSSConfig()
-    cos, sin = (table[0].double() for table in rope_tables(config, torch.ones(1, dtype=torch.int64)))
-    assert torch.hypot(cos, sin) == pytest.approx(torch.full((32,), 1.3465736, dtype=torch.float64), abs=2e-7)
+    cos, sin = (
+        table[0].double() for table in rope_tables(config, torch.ones(1, dtype=torch.int64))
+    )
+    assert torch.hypot(cos, sin) == pytest.approx(
+        torch.full((32,), 1.3465736, dtype=torch.float64), abs=2e-7
+    )
     extrapolated = config.rope_theta ** -(torch.arange(32, dtype=torch.float64) / 32)
     ramp = (1 - torch.atan2(sin, cos) / extrapolated) / (1 - 1 / config.rope_scaling_factor)
     assert ramp[:9] == pytest.approx(torch.zeros(9, dtype=torch.float64), abs=1e-5)
@@ -199,7 +245,8 @@ def test_yarn_ramp_of_the_real_model():
 
 
 @pytest.mark.parametrize(
-    "config, total", [(GPTOSSConfig.gpt_oss_20b(), 20_914_757_184), (GPTOSSConfig.gpt_oss_120b(), 116_829_156_672)]
+    "config, total",
+    [(GPTOSSConfig.gpt_oss_20b(), 20_914_757_184), (GPTOSSConfig.gpt_oss_120b(), 116_829_156_672)],
 )
 def test_parameter_totals(config, total):
     with torch.device("meta"):
@@ -210,12 +257,12 @@ def test_parameter_totals(config, total):
 def test_flops_per_token():
     config = GPTOSSConfig()
     for k, giga in {8: 24.1, 32: 31.4, 64: 41.0, 128: 60.4, 256: 99.0}.items():
-        assert config.flops_per_token(k * 1024) / 1e9 == pytest.approx(giga, abs=0.05)
+        assert flops_per_token(config, k * 1024) / 1e9 == pytest.approx(giga, abs=0.05)
     tiny = tiny_config()
     for S in (3, 29):  # window 7: longer and shorter than the sequence; layers 0 and 2 slide
         pairs = sum(2 * min(i + 1, 7) + i + 1 for i in range(S))
         matrices = 3 * (20 * (6 + 6) * 8 + 48 * 20 + 20 * 5 + 2 * 3 * 20 * 12) + 20 * 61
-        assert tiny.flops_per_token(S) == pytest.approx(6 * matrices + 12 * 48 * pairs / S)
+        assert flops_per_token(tiny, S) == pytest.approx(6 * matrices + 12 * 48 * pairs / S)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -224,7 +271,9 @@ def test_flops_per_token():
 
 def attention_inputs(B=2, S=23, H=6, K=3, D=4, dtype=torch.float64, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    q, k, v, grad = (torch.randn(B, S, heads, D, generator=generator, dtype=dtype) for heads in (H, K, K, H))
+    q, k, v, grad = (
+        torch.randn(B, S, heads, D, generator=generator, dtype=dtype) for heads in (H, K, K, H)
+    )
     sinks = 2 * torch.randn(H, generator=generator, dtype=dtype)
     return [x.requires_grad_() for x in (q, k, v, sinks)], grad
 
@@ -232,7 +281,10 @@ def attention_inputs(B=2, S=23, H=6, K=3, D=4, dtype=torch.float64, seed=0):
 def attention_without_sinks(q, k, v):
     """Causal attention and the logsumexp of its scores, (B, H, S, D) and (B, H, S)."""
     group = q.shape[2] // k.shape[2]
-    q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)))
+    q, k, v = (
+        x.transpose(1, 2)
+        for x in (q, k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2))
+    )
     scores = q @ k.mT / q.shape[-1] ** 0.5
     scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), float("-inf"))
     return scores.softmax(-1) @ v, scores.logsumexp(-1)
@@ -258,8 +310,16 @@ def test_dense_attention_of_the_last_queries():
     """As generation calls it: fewer queries than keys."""
     (q, k, v, sinks), _ = attention_inputs()
     documents = torch.stack([packed([9, 14], [1, 0]), packed([21, 2], [0, 4])])
-    for mask in ({}, {"window": 5}, {"documents": documents}, {"window": 3, "documents": documents}):
-        torch.testing.assert_close(dense_attention(q[:, -4:], k, v, sinks, **mask), dense_attention(q, k, v, sinks, **mask)[:, -4:])
+    for mask in (
+        {},
+        {"window": 5},
+        {"documents": documents},
+        {"window": 3, "documents": documents},
+    ):
+        torch.testing.assert_close(
+            dense_attention(q[:, -4:], k, v, sinks, **mask),
+            dense_attention(q, k, v, sinks, **mask)[:, -4:],
+        )
 
 
 @torch.no_grad()
@@ -267,14 +327,20 @@ def test_flex_attention_stays_below_the_recompile_limit():
     """FlexAttention as on a GPU, but for the code that is made, in a session in which no two calls are alike: the compiler's
     limit is not reached, which with fullgraph is an error, and from some point on nothing is compiled."""
     torch._dynamo.reset()
-    attention = torch.compile(model_module.flex_sink_attention.__wrapped__, fullgraph=True, backend="aot_eager")
+    attention = torch.compile(
+        model_module.flex_sink_attention.__wrapped__, fullgraph=True, backend="aot_eager"
+    )
     stats = torch._dynamo.utils.counters["stats"]
 
     def session(lengths):
-        for dtype, B, S, window in itertools.product((torch.float32, torch.bfloat16), (1, 2, 3), lengths, (16, None)):
+        for dtype, B, S, window in itertools.product(
+            (torch.float32, torch.bfloat16), (1, 2, 3), lengths, (16, None)
+        ):
             q, k, v = (torch.randn(B, S, heads, 16, dtype=dtype) for heads in (4, 2, 2))
             out = attention(q, k, v, torch.zeros(4), block_mask(S, window, None, q.device))
-            assert relative(out, dense_attention(q, k, v, torch.zeros(4), window)) < (1e-6 if dtype == torch.float32 else 1e-2)
+            assert relative(out, dense_attention(q, k, v, torch.zeros(4), window)) < (
+                1e-6 if dtype == torch.float32 else 1e-2
+            )
         return stats["unique_graphs"]
 
     before = stats["unique_graphs"]
@@ -290,7 +356,9 @@ def test_flex_sink_attention_forward():
     documents = torch.stack([packed([130, 170], [7, 3]), packed([299, 1], [0, 1])])
     for window in (None, 1, 64):
         for docs in (None, documents):
-            out = model_module.flex_sink_attention(q, k, v, sinks, mask=block_mask(300, window, docs, q.device))
+            out = model_module.flex_sink_attention(
+                q, k, v, sinks, mask=block_mask(300, window, docs, q.device)
+            )
             assert relative(out, dense_attention(q, k, v, sinks, window, docs)) <= 1e-6
 
 
@@ -305,10 +373,42 @@ class PlainCudnn:
         assert bias is None and compute_lse and is_causal
         out, lse = attention_without_sinks(*(x.transpose(1, 2) for x in (q, k, v)))
         seed = offset = torch.zeros(())
-        return out, lse[..., None], None, None, q.shape[2], k.shape[2], seed, offset, torch.zeros(())
+        return (
+            out,
+            lse[..., None],
+            None,
+            None,
+            q.shape[2],
+            k.shape[2],
+            seed,
+            offset,
+            torch.zeros(()),
+        )
 
-    def backward(self, grad, q, k, v, out, lse, seed, offset, bias, cum_q, cum_k, max_q, max_k, dropout, is_causal):
-        assert bias is None and is_causal and dropout == 0 and (max_q, max_k) == (q.shape[2], k.shape[2])
+    def backward(
+        self,
+        grad,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        seed,
+        offset,
+        bias,
+        cum_q,
+        cum_k,
+        max_q,
+        max_k,
+        dropout,
+        is_causal,
+    ):
+        assert (
+            bias is None
+            and is_causal
+            and dropout == 0
+            and (max_q, max_k) == (q.shape[2], k.shape[2])
+        )
         group, scale = q.shape[1] // k.shape[1], q.shape[-1] ** -0.5
         keys, values = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
         weights = (q @ keys.mT * scale - lse).exp().tril()  # (B, H, S, S)
@@ -328,10 +428,12 @@ def plain_cudnn(monkeypatch):
 def test_cudnn_sink_attention(plain_cudnn):
     """Handed the sink's logsumexp, a backward that knows of no sinks gives their gradients."""
     inputs, grad = attention_inputs()
-    expected, actual = dense_attention(*inputs), model_module.CudnnSinkAttention.apply(*inputs)
+    expected, actual = dense_attention(*inputs), fast.CudnnSinkAttention.apply(*inputs)
     assert relative(actual, expected) <= 1e-6
     wanted = dict(zip(["q", "k", "v", "sinks"], torch.autograd.grad(expected, inputs, grad)))
-    assert_all_close(dict(zip(["q", "k", "v", "sinks"], torch.autograd.grad(actual, inputs, grad))), wanted, 1e-6)
+    assert_all_close(
+        dict(zip(["q", "k", "v", "sinks"], torch.autograd.grad(actual, inputs, grad))), wanted, 1e-6
+    )
 
 
 @pytest.mark.parametrize("recompute, runs", [("none", 1), ("attention", 1), ("all", 2)])
@@ -343,7 +445,9 @@ def test_kept_attention(recompute, runs, plain_cudnn, monkeypatch):
     twin(tokens, targets).backward()
 
     def choose(S, window, *rest):
-        return model_module.CudnnSinkAttention.apply if window is None else choose_attention(S, window, *rest)
+        return (
+            fast.CudnnSinkAttention.apply if window is None else choose_attention(S, window, *rest)
+        )
 
     choose_attention = model_module.choose_attention
     monkeypatch.setattr(model_module, "choose_attention", choose)
@@ -356,15 +460,24 @@ def test_kept_attention(recompute, runs, plain_cudnn, monkeypatch):
 def true_mask(S, window, documents):
     distance = torch.arange(S)[:, None] - torch.arange(S)
     mask = (distance >= 0) & (distance < (window or S))
-    return mask[None] if documents is None else mask & (documents[:, :, None] == documents[:, None])  # (B, S, S)
+    return (
+        mask[None] if documents is None else mask & (documents[:, :, None] == documents[:, None])
+    )  # (B, S, S)
 
 
 def listed_blocks(mask):
     """(visited and looked at, visited whole): two (B, blocks, blocks) masks, from a BlockMask's two lists."""
     dense = []
-    for counts, numbers in (mask.kv_num_blocks, mask.kv_indices), (mask.full_kv_num_blocks, mask.full_kv_indices):
-        listed = torch.arange(numbers.shape[-1]) < counts[..., None]  # the first `count` numbers of a row
-        times = torch.zeros(numbers.shape, dtype=torch.int64).scatter_add_(-1, numbers.long(), listed.long())
+    for counts, numbers in (
+        (mask.kv_num_blocks, mask.kv_indices),
+        (mask.full_kv_num_blocks, mask.full_kv_indices),
+    ):
+        listed = (
+            torch.arange(numbers.shape[-1]) < counts[..., None]
+        )  # the first `count` numbers of a row
+        times = torch.zeros(numbers.shape, dtype=torch.int64).scatter_add_(
+            -1, numbers.long(), listed.long()
+        )
         assert times.max() <= 1  # none is listed twice
         dense.append(times[:, 0].bool())
     return dense
@@ -373,45 +486,72 @@ def listed_blocks(mask):
 DOCUMENTS = {
     "none": None,
     "in order": lambda S, g: torch.sort(torch.randint(4, (2, S), generator=g)).values,
-    "in reverse": lambda S, g: torch.sort(torch.randint(4, (2, S), generator=g), descending=True).values,
-    "in no order": lambda S, g: torch.stack([packed([S // 3, S - S // 3 - S // 4, S // 4], [x, 9, 1]) for x in (40, -3)]),
+    "in reverse": lambda S, g: (
+        torch.sort(torch.randint(4, (2, S), generator=g), descending=True).values
+    ),
+    "in no order": lambda S, g: torch.stack(
+        [packed([S // 3, S - S // 3 - S // 4, S // 4], [x, 9, 1]) for x in (40, -3)]
+    ),
     "interleaved, int32": lambda S, g: torch.randint(3, (2, S), generator=g).int(),
 }
 
 
 @pytest.mark.parametrize("documents", DOCUMENTS)
-@pytest.mark.parametrize("S, block", [(1, 16), (31, 16), (64, 16), (101, 16), (128, 128), (300, 128)])
+@pytest.mark.parametrize(
+    "S, block", [(1, 16), (31, 16), (64, 16), (101, 16), (128, 128), (300, 128)]
+)
 def test_block_mask(S, block, documents):
     """What the lists and the mask function say together is the mask. Unless the numbers of documents go up and down, no block
     is visited in vain or looked at in vain, and torch's own block mask, made from all S x S scores, has the same lists."""
     exact = documents in ("none", "in order", "in reverse")
     documents = DOCUMENTS[documents] and DOCUMENTS[documents](S, torch.Generator().manual_seed(S))
     B, blocks = 1 if documents is None else 2, math.ceil(S / block)
-    for window in (None, 1, block - 1, block, block + 1, 2 * block - 1, 2 * block, 2 * block + 1, 10 * S):
+    for window in (
+        None,
+        1,
+        block - 1,
+        block,
+        block + 1,
+        2 * block - 1,
+        2 * block,
+        2 * block + 1,
+        10 * S,
+    ):
         mask = block_mask(S, window, documents, torch.device("cpu"), block)
         assert (mask.seq_lengths, mask.BLOCK_SIZE) == ((S, S), (block, block))
         partial, whole = listed_blocks(mask)
         truth = true_mask(S, window, documents)
         scores = create_mask(mask.mask_mod, B, 1, S, S, device="cpu")[:, 0]
-        wide = [pairs.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, :S, :S] for pairs in (partial, whole)]
+        wide = [
+            pairs.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, :S, :S]
+            for pairs in (partial, whole)
+        ]
         assert not (partial & whole).any()
         assert torch.equal((wide[0] & scores) | wide[1], truth)
-        padded = F.pad(truth, (0, blocks * block - S) * 2).unflatten(2, (blocks, block)).unflatten(1, (blocks, block))
+        padded = (
+            F.pad(truth, (0, blocks * block - S) * 2)
+            .unflatten(2, (blocks, block))
+            .unflatten(1, (blocks, block))
+        )
         if exact:
             assert torch.equal(partial | whole, padded.any(4).any(2))
             assert torch.equal(whole, padded.all(4).all(2))
         if exact and window in (None, block + 1):
-            theirs = listed_blocks(create_block_mask(mask.mask_mod, B, None, S, S, "cpu", BLOCK_SIZE=block))
+            theirs = listed_blocks(
+                create_block_mask(mask.mask_mod, B, None, S, S, "cpu", BLOCK_SIZE=block)
+            )
             assert torch.equal(partial, theirs[0]) and torch.equal(whole, theirs[1])
 
 
 def test_the_choice_of_attention_is_said_once(capsys):
-    model_module.say.cache_clear()
+    fast.say.cache_clear()
     model = noise_(GPTOSS(tiny_config()))
     for _ in range(2):
         model(torch.zeros(1, 3, dtype=torch.int64))
     said = capsys.readouterr().out.splitlines()
-    assert [sum(f"{layers} layers: dense" in line for line in said) for layers in ("window 7", "full")] == [1, 1]
+    assert [
+        sum(f"{layers} layers: dense" in line for line in said) for layers in ("window 7", "full")
+    ] == [1, 1]
     assert len(said) == 2
 
 
@@ -421,7 +561,9 @@ def test_the_choice_of_attention_is_said_once(capsys):
 
 @pytest.mark.parametrize("tile", [1 << 15, 5])
 @pytest.mark.parametrize("keep_hidden", [True, False])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"]
+)
 @pytest.mark.parametrize(
     "N, k, used",
     [(33, 3, range(7)), (13, 2, [1, 4, 5]), (17, 1, [3]), (1, 7, range(7))],
@@ -429,17 +571,25 @@ def test_the_choice_of_attention_is_said_once(capsys):
 )
 def test_experts_against_a_loop(N, k, used, dtype, tolerance, keep_hidden, tile, monkeypatch):
     """In fp64, token by token: outputs and all gradients, so no token is dropped and no row is in another's place."""
-    monkeypatch.setattr(model_module, "EXPERT_TOKENS", tile)
+    monkeypatch.setattr(fast, "EXPERT_TOKENS", tile)
     experts, weights, x, *parameters, grad = expert_inputs(N, k, list(used), dtype)
     names, outputs = ["x", "weights", "w1", "b1", "w2", "b2"], []
-    for function, last in (model_module.ExpertsFunction.apply, (0.9, keep_hidden)), (naive_experts, (0.9,)):
+    for function, last in (
+        (fast.ExpertsFunction.apply, (0.9, keep_hidden)),
+        (naive_experts, (0.9,)),
+    ):
         leaves = [t.clone().requires_grad_() for t in (x, weights, *parameters)]
         if function is naive_experts:
             leaves = [t.detach().double().requires_grad_() for t in leaves]
         out = function(leaves[0], experts, *leaves[1:], *last)
-        outputs.append({"out": out, **dict(zip(names, torch.autograd.grad(out, leaves, grad.to(out.dtype))))})
+        outputs.append(
+            {"out": out, **dict(zip(names, torch.autograd.grad(out, leaves, grad.to(out.dtype))))}
+        )
     actual, expected = outputs
-    assert actual["out"].dtype == actual["w1"].dtype == dtype and actual["weights"].dtype == torch.float32
+    assert (
+        actual["out"].dtype == actual["w1"].dtype == dtype
+        and actual["weights"].dtype == torch.float32
+    )
     assert_all_close(actual, expected, tolerance)
     unused = sorted(set(range(7)) - set(used))
     assert all((actual[name][unused] == 0).all() for name in ["w1", "b1", "w2", "b2"])
@@ -454,25 +604,33 @@ def test_experts_run_no_more_often_than_they_must(recompute, runs, monkeypatch):
         calls.append(args)
         return grouped_mm(*args, **kwargs)
 
-    monkeypatch.setattr(model_module.F, "grouped_mm", counted)
+    monkeypatch.setattr(fast.F, "grouped_mm", counted)
     model = noise_(GPTOSS(tiny_config(), recompute))
     model(*batch(model.config, 2, 9)).backward()
     assert len(calls) == runs * 3  # layers
-    assert all(block.mlp.load.sum() == 2 * 9 * 2 and block.mlp.load.shape == (5,) for block in model.blocks)
+    assert all(
+        block.mlp.load.sum() == 2 * 9 * 2 and block.mlp.load.shape == (5,) for block in model.blocks
+    )
 
 
 def test_router():
     """fp32 logits, whatever comes in; and no fp32 copy of the rows is kept."""
     generator = torch.Generator().manual_seed(0)
-    leaves = [torch.randn(shape, generator=generator).bfloat16().requires_grad_() for shape in [(19, 24), (5, 24), (5,)]]
+    leaves = [
+        torch.randn(shape, generator=generator).bfloat16().requires_grad_()
+        for shape in [(19, 24), (5, 24), (5,)]
+    ]
     kept, grad = [], torch.randn(19, 5, generator=generator)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.dtype) or x, lambda x: x):
-        logits = model_module.RouterLogits.apply(*leaves)
+        logits = fast.RouterLogits.apply(*leaves)
     assert logits.dtype == torch.float32 and kept == [torch.bfloat16] * 2
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
     expected = F.linear(*exact)
     assert relative(logits, expected) <= 1e-6
-    for found, wanted in zip(torch.autograd.grad(logits, leaves, grad), torch.autograd.grad(expected, exact, grad.double())):
+    for found, wanted in zip(
+        torch.autograd.grad(logits, leaves, grad),
+        torch.autograd.grad(expected, exact, grad.double()),
+    ):
         assert found.dtype == torch.bfloat16 and relative(found, wanted) <= 3e-3
 
 
@@ -482,16 +640,22 @@ def test_kept_blocks(keep_blocks):
     twin, model = noise_(GPTOSS(tiny_config())), noise_(GPTOSS(tiny_config(), "all", keep_blocks))
     runs = [0] * 3
     for number, block in enumerate(model.blocks):
-        block.register_forward_pre_hook(lambda *_, number=number: runs.__setitem__(number, runs[number] + 1))
+        block.register_forward_pre_hook(
+            lambda *_, number=number: runs.__setitem__(number, runs[number] + 1)
+        )
     for m in twin, model:
         m(*batch(m.config, 2, 29)).backward()
     assert runs == [1 if number >= 3 - keep_blocks else 2 for number in range(3)]
-    assert all(torch.equal(a, b) for a, b in zip(gradients(model).values(), gradients(twin).values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(gradients(model).values(), gradients(twin).values())
+    )
 
 
 def test_bf16():
     """The whole model in bf16 on a CPU, against the same weights in fp32."""
-    config = tiny_config(hidden_size=24, intermediate_size=16)  # grouped matmuls in bf16 want sizes that 8 divides
+    config = tiny_config(
+        hidden_size=24, intermediate_size=16
+    )  # grouped matmuls in bf16 want sizes that 8 divides
     model, twin = noise_(GPTOSS(config)).bfloat16(), GPTOSS(config)
     twin.load_state_dict(model.state_dict())
     tokens, targets = batch(model.config, 2, 29)
@@ -523,7 +687,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("what", ["loss", "loss without gradient", "logprobs", "logits"])
 def test_logits_never_exist_whole(what, monkeypatch):
-    monkeypatch.setattr(model_module, "LOSS_ROWS", 32)
+    monkeypatch.setattr(fast, "LOSS_TOKENS", 32)
     B, S, V, C = 10, 21, 1500, 12
     model = noise_(GPTOSS(tiny_config(vocab_size=V, hidden_size=C, num_hidden_layers=1)))
     tokens, targets = batch(model.config, B, S)
@@ -570,7 +734,9 @@ def test_loss_scales_and_needs_no_gradient():
     loss = model(tokens, targets)
     (3 * loss).backward()
     twin(tokens, targets).backward()
-    assert_all_close(gradients(model), {name: 3 * gradient for name, gradient in gradients(twin).items()}, 1e-5)
+    assert_all_close(
+        gradients(model), {name: 3 * gradient for name, gradient in gradients(twin).items()}, 1e-5
+    )
     with torch.no_grad():
         assert relative(model(tokens, targets), loss) <= 1e-6
 
@@ -622,7 +788,9 @@ def test_wrong_targets(call, targets, message):
 
 def test_wrong_documents():
     with pytest.raises(ValueError, match=r"documents.*\(2, 2\)"):
-        GPTOSS(tiny_config())(torch.zeros(2, 3, dtype=torch.int64), documents=torch.zeros(2, 2, dtype=torch.int64))
+        GPTOSS(tiny_config())(
+            torch.zeros(2, 3, dtype=torch.int64), documents=torch.zeros(2, 2, dtype=torch.int64)
+        )
 
 
 def test_wrong_recompute():
@@ -674,13 +842,21 @@ def test_config_from_openai_json(tmp_path):
 
 def test_config_from_json(tmp_path):
     path = tmp_path / "config.json"
-    config = tiny_config(sliding_window=19, rope_ntk_alpha=1.5, rope_ntk_beta=24.0, rms_norm_eps=1e-6)
+    config = tiny_config(
+        sliding_window=19, rope_ntk_alpha=1.5, rope_ntk_beta=24.0, rms_norm_eps=1e-6
+    )
     config.to_json(path)
     assert GPTOSSConfig.from_json(path) == config
     assert json.loads(path.read_text()) == asdict(config)
     for style in hugging_face_json(tmp_path, config):
         assert GPTOSSConfig.from_json(write(path, style)) == config
-        for optional in ("layer_types", "swiglu_limit", "tie_word_embeddings", "attention_bias", "hidden_act"):
+        for optional in (
+            "layer_types",
+            "swiglu_limit",
+            "tie_word_embeddings",
+            "attention_bias",
+            "hidden_act",
+        ):
             without = {name: value for name, value in style.items() if name != optional}
             expected = replace(config, swiglu_limit=7.0) if optional == "swiglu_limit" else config
             assert GPTOSSConfig.from_json(write(path, without)) == expected
@@ -695,7 +871,10 @@ def test_config_from_json(tmp_path):
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"layer_types": ["full_attention"] * 3}, "layer_types is"),
         ({"layer_types": ["sliding_attention"]}, "number of layer_types is 1"),
-        ({"num_hidden_layers": 10**30}, "number of layer_types is 3"),  # and no list of that length is made
+        (
+            {"num_hidden_layers": 10**30},
+            "number of layer_types is 3",
+        ),  # and no list of that length is made
         ({"swiglu_alpha": 1.5}, "swiglu_alpha is 1.5"),
         ({"truncate": True}, "truncate is True"),
         ({"truncate": None}, "truncate is None"),  # where nothing is said transformers rounds
@@ -720,8 +899,14 @@ def test_config_files_that_are_wrong(tmp_path):
         (tmp_path / "absent.json", "absent.json: not a readable"),
         (tmp_path / "text.json", "text.json: not a readable"),
         (write(tmp_path / "list.json", [1]), "list.json.*list"),
-        (write(tmp_path / "more.json", {**ours, "num_layers": 3}), r"unknown fields \['num_layers'\]"),
-        (write(tmp_path / "fewer.json", {"head_dim": 64, "hidden_size": 3}), "missing fields.*'num_experts'"),
+        (
+            write(tmp_path / "more.json", {**ours, "num_layers": 3}),
+            r"unknown fields \['num_layers'\]",
+        ),
+        (
+            write(tmp_path / "fewer.json", {"head_dim": 64, "hidden_size": 3}),
+            "missing fields.*'num_experts'",
+        ),
         (write(tmp_path / "hub.json", new), r"missing fields \['rope_ntk_beta'\]"),
         (write(path, {**ours, "num_experts": 0}), "config.json: num_experts=0"),
     ]:
@@ -778,7 +963,9 @@ def test_init_weights_sets_everything():
             assert (x == 0).all(), name
         else:
             residual = name.endswith(("attention.out.weight", "down_weight"))
-            assert x.detach().std() == pytest.approx(0.02 / (6**0.5 if residual else 1), rel=0.1), name
+            assert x.detach().std() == pytest.approx(0.02 / (6**0.5 if residual else 1), rel=0.1), (
+                name
+            )
             assert x.mean().abs() < 0.002 and not torch.equal(x, z), name
     assert a(torch.zeros(1, 5, dtype=torch.int64)).isfinite().all()
 
@@ -793,7 +980,7 @@ def assert_same_weights(a, b):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shard_bytes", [5 * 10**9, 10_000])
 def test_checkpoint_round_trip(shard_bytes, dtype, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr(weights_module, "SHARD_BYTES", shard_bytes)
     model = noise_(GPTOSS(tiny_config())).to(dtype)
     folder = tmp_path / "runs" / "checkpoint"
     model.save_checkpoint(folder)
@@ -801,11 +988,24 @@ def test_checkpoint_round_trip(shard_bytes, dtype, tmp_path, monkeypatch):
     assert again.config == model.config
     assert_same_weights(again, model)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
-    sizes = {file.name: sum(t.nbytes for t in load_file(file).values()) for file in folder.glob("*.safetensors")}
-    assert index["metadata"]["total_size"] == sum(sizes.values()) == sum(p.nbytes for p in model.parameters())
-    assert set(sizes) == {f"model-{i:05d}-of-{len(sizes):05d}.safetensors" for i in range(1, len(sizes) + 1)}
+    sizes = {
+        file.name: sum(t.nbytes for t in load_file(file).values())
+        for file in folder.glob("*.safetensors")
+    }
+    assert (
+        index["metadata"]["total_size"]
+        == sum(sizes.values())
+        == sum(p.nbytes for p in model.parameters())
+    )
+    assert set(sizes) == {
+        f"model-{i:05d}-of-{len(sizes):05d}.safetensors" for i in range(1, len(sizes) + 1)
+    }
     assert set(index["weight_map"].values()) == set(sizes)
-    assert (len(sizes) > 3 and max(sizes.values()) <= 10_000) if shard_bytes == 10_000 else len(sizes) == 1
+    assert (
+        (len(sizes) > 3 and max(sizes.values()) <= 10_000)
+        if shard_bytes == 10_000
+        else len(sizes) == 1
+    )
     assert os.listdir(folder.parent) == ["checkpoint"]  # nothing half-written is left beside it
     for wanted in (torch.float32, torch.bfloat16):
         assert_same_weights(GPTOSS.from_checkpoint(folder, dtype=wanted), model.to(wanted))
@@ -818,7 +1018,7 @@ def test_checkpoint_in_another_dtype(tmp_path):
 
 
 def test_checkpoint_takes_the_place_of_an_older_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 10_000)
+    monkeypatch.setattr(weights_module, "SHARD_BYTES", 10_000)
     noise_(GPTOSS(tiny_config(num_hidden_layers=5))).save_checkpoint(tmp_path / "last")
     (tmp_path / ".last.partial").mkdir()  # of a run that was killed
     (tmp_path / ".last.partial" / "rubbish").touch()
@@ -826,8 +1026,15 @@ def test_checkpoint_takes_the_place_of_an_older_one(tmp_path, monkeypatch):
     model.save_checkpoint(tmp_path / "last")
     assert_same_weights(GPTOSS.from_checkpoint(tmp_path / "last"), model)
     assert os.listdir(tmp_path) == ["last"]
-    files = set(json.loads((tmp_path / "last" / "model.safetensors.index.json").read_text())["weight_map"].values())
-    assert set(os.listdir(tmp_path / "last")) == files | {"config.json", "model.safetensors.index.json"}
+    files = set(
+        json.loads((tmp_path / "last" / "model.safetensors.index.json").read_text())[
+            "weight_map"
+        ].values()
+    )
+    assert set(os.listdir(tmp_path / "last")) == files | {
+        "config.json",
+        "model.safetensors.index.json",
+    }
 
 
 def test_checkpoint_does_not_replace_something_else(tmp_path):
@@ -841,7 +1048,7 @@ def test_checkpoint_does_not_replace_something_else(tmp_path):
 
 
 def test_load_weights_lists_what_does_not_fit(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 10_000)
+    monkeypatch.setattr(weights_module, "SHARD_BYTES", 10_000)
     model = noise_(GPTOSS(tiny_config()))
     model.save_checkpoint(tmp_path)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
@@ -854,7 +1061,9 @@ def test_load_weights_lists_what_does_not_fit(tmp_path, monkeypatch):
         save_file(tensors, path, metadata={"format": "pt"})
 
     rewrite("norm.weight", lambda t: t.update({"norm.weight": torch.ones(19)}))
-    rewrite("blocks.1.attention.sinks", lambda t: t.pop("blocks.1.attention.sinks"))  # listed, and not in its file
+    rewrite(
+        "blocks.1.attention.sinks", lambda t: t.pop("blocks.1.attention.sinks")
+    )  # listed, and not in its file
     truncated = files["blocks.2.mlp.gate_up_weight"]
     (tmp_path / truncated).write_bytes((tmp_path / truncated).read_bytes()[:-100])
     lost = files["blocks.0.mlp.gate_up_weight"]
@@ -889,7 +1098,9 @@ def test_load_weights_says_so_when_the_norm_is_what_does_not_fit(damage, tmp_pat
         file.write_bytes(file.read_bytes()[:-100])
     else:
         file.unlink()
-    with pytest.raises(ValueError, match="missing: norm.weight" if damage == "unlisted" else file.name):
+    with pytest.raises(
+        ValueError, match="missing: norm.weight" if damage == "unlisted" else file.name
+    ):
         GPTOSS.from_checkpoint(tmp_path)
 
 

@@ -22,12 +22,13 @@ import torch.distributed as dist
 from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
-from loop import NO_GPU, Run, losses, make_home, train, write_corpus
+from runs import NO_GPU, Run, losses, make_home, train, write_corpus
 from soak import soak
 
-from checkpoint import INDEX, examine
-from guards import hold
+from loop.guards import hold
+from loop.states import examine
 from model import GPTOSS, GPTOSSConfig
+from weights import INDEX
 
 ENDLESS = ("tiny.py", "--steps=100000", "--warmup_steps=5")
 
@@ -85,10 +86,14 @@ def test_killed_twenty_times(home):
     text = train(home, *options, "--name=killed", "--resume=true")
     assert in_saves >= 3 and "damaged" not in text
     assert losses(home, "killed") == losses(home, "alone")
-    ours, theirs = (GPTOSS.from_checkpoint(home / "runs" / name / "model") for name in ("killed", "alone"))
+    ours, theirs = (
+        GPTOSS.from_checkpoint(home / "runs" / name / "model") for name in ("killed", "alone")
+    )
     assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), theirs.parameters()))
     assert states(folder) == states(home / "runs/alone") == ["step-00000118", "step-00000120"]
-    assert {path.name for path in folder.iterdir()} == {path.name for path in (home / "runs/alone").iterdir()}
+    assert {path.name for path in folder.iterdir()} == {
+        path.name for path in (home / "runs/alone").iterdir()
+    }
 
 
 @pytest.mark.slow
@@ -98,7 +103,9 @@ def test_soak(tmp_path):
 
 def test_saving_goes_on_beside_the_steps(home, base):
     text = (home / "runs" / base / "metrics.jsonl").read_text()
-    assert len(text.splitlines()) == 30 and states(home / "runs" / base) == [f"step-{n:08d}" for n in (10, 20, 30)]
+    assert len(text.splitlines()) == 30 and states(home / "runs" / base) == [
+        f"step-{n:08d}" for n in (10, 20, 30)
+    ]
     text = train(home, "tiny.py", "--steps=4", "--save_every=2", "--name=stalls")
     assert re.findall(r"saving the state after step (\d), stalled \d+\.\d\d s", text) == ["1", "3"]
 
@@ -135,7 +142,9 @@ DAMAGE = {
     "a list": lambda state: (state / "state.json").write_text("[1, 2]"),
     "no step": lambda state: edit_json(state, step=None),
     "another step": lambda state: edit_json(state, step=29),
-    "files elsewhere": lambda state: edit_json(state, files={"../step-00000020/model.safetensors": [1, 1]}),
+    "files elsewhere": lambda state: edit_json(
+        state, files={"../step-00000020/model.safetensors": [1, 1]}
+    ),
     "files no dict": lambda state: edit_json(state, files=[]),
     "no identity": lambda state: edit_json(state, identity=3),
 }
@@ -156,7 +165,11 @@ def test_the_state_before_a_damaged_one_is_used(home, base):
     flip_a_bit(first_file(folder / "states/step-00000030"))
     os.truncate(first_file(folder / "states/step-00000020"), 50)
     text = train(home, *BASE, f"--name={folder.name}", "--resume=true", ranks=2)
-    assert text.count("warning") == 2 and "step-00000030 is damaged" in text and "step-00000020 is damaged" in text
+    assert (
+        text.count("warning") == 2
+        and "step-00000030 is damaged" in text
+        and "step-00000020 is damaged" in text
+    )
     assert "goes on after step 9\n" in text
     assert losses(home, folder.name) == losses(home, base)
     assert all(examine(state)[1] is None for state in (folder / "states").iterdir())
@@ -169,7 +182,10 @@ def test_all_states_damaged(home, base):
         (state / "state.json").unlink()
     run = Run(home, *BASE, f"--name={folder.name}", "--resume=true", ranks=2)
     assert run.wait(grace=2) == [1, 1] and "error: " in run.text()
-    assert run.text().count("all states are damaged") == 1 and "remove the folder to begin again" in run.text()
+    assert (
+        run.text().count("all states are damaged") == 1
+        and "remove the folder to begin again" in run.text()
+    )
     assert len(losses(home, folder.name)) == 30
 
 
@@ -188,7 +204,9 @@ def test_leave_politely(home, number):
     assert f"asked to stop: --resume=true goes on after step {steps - 1}\n" in text
     assert states(home / "runs" / name) == [f"step-{steps:08d}"]
     if number == signal.SIGTERM:
-        run = Run(home, *ENDLESS, f"--name={name}", "--resume=true", ranks=2).wait_for(f"step {steps} |")
+        run = Run(home, *ENDLESS, f"--name={name}", "--resume=true", ranks=2).wait_for(
+            f"step {steps} |"
+        )
         run.kill(number)
         assert f"goes on after step {steps - 1}\n" in run.ends_well().text()
 
@@ -246,7 +264,8 @@ def test_an_error_on_one_rank_ends_the_others(home):
 
 
 END_WHILE_THE_PULSE_BEATS = """
-import time, guards, torch.distributed as dist
+import time, torch.distributed as dist
+from loop import guards
 from datetime import timedelta
 dist.init_process_group("gloo", timeout=timedelta(seconds=30), **guards.meeting_point(30))
 guards.PULSE = 0  # all the time
@@ -260,9 +279,20 @@ dist.destroy_process_group()
 
 def test_a_rank_that_is_done_ends_well():
     """A thread that Python stopped inside PyTorch's store would abort it: now and then a good run ended in torchrun's traceback."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
-    where = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
-    where |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0", "PYTHONPATH": str(ROOT)}
+    store = dist.TCPStore(
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60)
+    )
+    where = {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+    }
+    where |= {
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "PYTHONPATH": str(ROOT),
+    }
     script = [sys.executable, "-c", END_WHILE_THE_PULSE_BEATS]
     ended = subprocess.run(script, env=NO_GPU | where, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 0 and "terminate" not in ended.stderr, ended.stderr
@@ -270,20 +300,41 @@ def test_a_rank_that_is_done_ends_well():
 
 
 def torchrun(home, *arguments, port=None, nodes=1):
-    command = [sys.executable, "-m", "torch.distributed.run", "--monitor_interval=0.1", "--max_restarts=3"]
-    command += ["--standalone"] if nodes == 1 else [f"--nnodes={nodes}", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--monitor_interval=0.1",
+        "--max_restarts=3",
+    ]
+    command += (
+        ["--standalone"]
+        if nodes == 1
+        else [f"--nnodes={nodes}", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}"]
+    )
     command += [] if nodes == 1 else ["--rdzv_conf=keep_alive_interval=1,keep_alive_max_attempt=3"]
-    command += [f"--nproc_per_node={2 // nodes}", ROOT / "train.py", "tiny.py", "--resume=true", *arguments]
+    command += [
+        f"--nproc_per_node={2 // nodes}",
+        ROOT / "train.py",
+        "tiny.py",
+        "--resume=true",
+        *arguments,
+    ]
     output = open(home / f"torchrun-{os.urandom(4).hex()}", "w+")  # noqa: SIM115
     # or a node that comes back would wait for an address that torchrun publishes once
     environment = NO_GPU | ({"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if nodes > 1 else {})
-    process = subprocess.Popen(command, cwd=home, stdout=output, stderr=subprocess.STDOUT, env=environment)
+    process = subprocess.Popen(
+        command, cwd=home, stdout=output, stderr=subprocess.STDOUT, env=environment
+    )
     process.printed = lambda: Path(output.name).read_text()
     return process
 
 
 def children(process):
-    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    return [
+        int(pid)
+        for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ]
 
 
 def until(condition, seconds=120):
@@ -304,7 +355,9 @@ def test_torchrun_restarts_a_killed_rank(home):
     until(lambda: logged(home, "restarted") > 7)
     os.kill(children(process)[1], signal.SIGKILL)
     assert process.wait(120) == 0, process.printed()
-    assert len(losses(home, "restarted")) == 40 and re.search(r"goes on after step \d", process.printed())
+    assert len(losses(home, "restarted")) == 40 and re.search(
+        r"goes on after step \d", process.printed()
+    )
     assert "rank 1" in process.printed() or "local_rank: 1" in process.printed(), process.printed()
 
 
@@ -335,7 +388,9 @@ def test_a_killed_node_comes_back(home):
     time.sleep(5)  # until the rendezvous has noticed
     guest = torchrun(home, *options, port=port, nodes=2)
     assert (host.wait(150), guest.wait(60)) == (0, 0), host.printed() + guest.printed()
-    assert len(losses(home, "nodes")) == 40 and re.search(r"goes on after step \d", host.printed() + guest.printed())
+    assert len(losses(home, "nodes")) == 40 and re.search(
+        r"goes on after step \d", host.printed() + guest.printed()
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -365,7 +420,9 @@ def test_a_plot_that_fails_costs_nothing_else(home):
     run = Run(home, "tiny.py", "--steps=2", "--name=plain", prepare=no_pictures).ends_well()
     assert "loss.png was not drawn: no LaTeX here" in run.text()
     modes = {path.stat().st_mode & 0o777 for path in (home / "runs/plain/model").iterdir()}
-    assert modes == {(home / "runs/plain/metrics.jsonl").stat().st_mode & 0o777}, "others may read what they may list"
+    assert modes == {(home / "runs/plain/metrics.jsonl").stat().st_mode & 0o777}, (
+        "others may read what they may list"
+    )
 
 
 def one_bad_loss(rank):
@@ -374,30 +431,62 @@ def one_bad_loss(rank):
 
     def forward(self, *args, **kwargs):
         calls.append(1)
-        return good(self, *args, **kwargs) * (float("nan") if rank == 1 and len(calls) in (7, 8) else 1)
+        return good(self, *args, **kwargs) * (
+            float("nan") if rank == 1 and len(calls) in (7, 8) else 1
+        )
 
     GPTOSS.forward = forward
 
 
 def test_a_bad_step_is_skipped_on_all_ranks(home):
-    run = Run(home, "tiny.py", "--steps=8", "--save_every=8", "--name=hiccup", ranks=2, prepare=one_bad_loss).ends_well()
-    found = [json.loads(line)["loss"] for line in (home / "runs/hiccup/metrics.jsonl").read_text().splitlines()]
+    run = Run(
+        home,
+        "tiny.py",
+        "--steps=8",
+        "--save_every=8",
+        "--name=hiccup",
+        ranks=2,
+        prepare=one_bad_loss,
+    ).ends_well()
+    found = [
+        json.loads(line)["loss"]
+        for line in (home / "runs/hiccup/metrics.jsonl").read_text().splitlines()
+    ]
     assert [step for step, loss in enumerate(found) if loss != loss] == [3]
     assert run.text().count("step 3: loss nan, gradient norm nan: update skipped, 1 in a row") == 1
-    assert json.loads((home / "runs/hiccup/states/step-00000008/state.json").read_text())["updates"] == 7
+    assert (
+        json.loads((home / "runs/hiccup/states/step-00000008/state.json").read_text())["updates"]
+        == 7
+    )
     train(home, "tiny.py", "--steps=8", "--name=healthy", ranks=2)
-    assert found[:3] == losses(home, "healthy")[:3] and abs(found[7] - losses(home, "healthy")[7]) < 0.1
+    assert (
+        found[:3] == losses(home, "healthy")[:3]
+        and abs(found[7] - losses(home, "healthy")[7]) < 0.1
+    )
 
 
 def test_too_many_bad_steps_in_a_row(home):
     """After one update with a learning rate beyond reason nothing is finite any more."""
-    run = Run(home, "tiny.py", "--lr=1e38", "--warmup_steps=0", "--bad_steps=3", "--name=nan", ranks=2)
+    run = Run(
+        home, "tiny.py", "--lr=1e38", "--warmup_steps=0", "--bad_steps=3", "--name=nan", ranks=2
+    )
     assert run.wait(grace=2) == [1, 1]
     assert [f"{n} in a row" in run.text() for n in (1, 2, 3, 4)] == [True, True, True, False]
     (message,) = [line for line in run.text().splitlines() if line.startswith("error")]
     step = int(re.search(r"step (\d+), rows (\d+) to (\d+) of corpus", message)[1])
-    assert f"rows {4 * step} to {4 * step + 3} of corpus" in message and "3 updates in a row were not finite" in message
-    assert len(re.findall(r"[a-z_.0-9]*(?:weight|bias|sinks) (?:nan|inf|[0-9.e+-]+)", message.split("gradients:")[1])) == 5
+    assert (
+        f"rows {4 * step} to {4 * step + 3} of corpus" in message
+        and "3 updates in a row were not finite" in message
+    )
+    assert (
+        len(
+            re.findall(
+                r"[a-z_.0-9]*(?:weight|bias|sinks) (?:nan|inf|[0-9.e+-]+)",
+                message.split("gradients:")[1],
+            )
+        )
+        == 5
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -415,16 +504,16 @@ def no_large_files(rank):
 
 
 def fails_to_publish(rank):
-    import checkpoint
+    from loop import states
 
-    good = checkpoint.fingerprint
+    good = states.fingerprint
 
     def full(path):
         if "partial" in str(path):
             raise OSError(28, "No space left on device", str(path))
         return good(path)
 
-    checkpoint.fingerprint = full
+    states.fingerprint = full
 
 
 @pytest.mark.parametrize("prepare", [small_files, fails_to_publish])
@@ -436,7 +525,9 @@ def test_full_disk_while_saving(home, prepare):
     run = Run(home, *options, ranks=2, prepare=prepare)
     assert run.wait(grace=5) == [1, 1]
     (message,) = [line for line in run.text().splitlines() if line.startswith("error")]
-    assert f"cannot save runs/{name}/states/step-00000008" in message and "Traceback" not in run.text()
+    assert (
+        f"cannot save runs/{name}/states/step-00000008" in message and "Traceback" not in run.text()
+    )
     assert message.endswith(f"(mend it, then --name={name} --resume=true goes on)")
     assert "File too large" in message or "No space left" in message
     assert states(home / "runs" / name) == ["step-00000004"]
@@ -446,7 +537,9 @@ def test_full_disk_while_saving(home, prepare):
 def test_full_disk_while_the_weights_are_written(home):
     run = Run(home, "tiny.py", "--steps=2", "--name=full-model", ranks=2, prepare=no_large_files)
     assert run.wait(grace=10) == [1, 1] and run.text().count("\nerror: ") == 1
-    assert "error: cannot write runs/full-model/model" in run.text() and "Traceback" not in run.text()
+    assert (
+        "error: cannot write runs/full-model/model" in run.text() and "Traceback" not in run.text()
+    )
     assert not any("model" in path.name for path in (home / "runs/full-model").iterdir())
 
 
@@ -478,7 +571,9 @@ def truncate(name, size):
 
 def edit(name, **changes):
     def change(folder):
-        (folder / name).write_text(json.dumps({**json.loads((folder / name).read_text()), **changes}))
+        (folder / name).write_text(
+            json.dumps({**json.loads((folder / name).read_text()), **changes})
+        )
 
     return change
 
@@ -506,24 +601,41 @@ def weights(change):
 
 
 def rename_in_index(old, new):
-    return lambda folder: (folder / INDEX).write_text((folder / INDEX).read_text().replace(old, new))
+    return lambda folder: (folder / INDEX).write_text(
+        (folder / INDEX).read_text().replace(old, new)
+    )
 
 
 def integer_weights(folder):
     from safetensors.torch import load_file, save_file
 
     path = first_file(folder)
-    save_file({name: x.to(torch.uint8) if name == "norm.weight" else x for name, x in load_file(path).items()}, path)
+    save_file(
+        {
+            name: x.to(torch.uint8) if name == "norm.weight" else x
+            for name, x in load_file(path).items()
+        },
+        path,
+    )
 
 
 def larger_vocabulary(folder):
-    model = GPTOSS(GPTOSSConfig(**{**json.loads((folder / "runs/base/model/config.json").read_text()), "vocab_size": 300}))
+    model = GPTOSS(
+        GPTOSSConfig(
+            **{
+                **json.loads((folder / "runs/base/model/config.json").read_text()),
+                "vocab_size": 300,
+            }
+        )
+    )
     model.init_weights()
     model.save_checkpoint(folder / "bad")
 
 
 def ended(folder):
-    shutil.copytree(folder / "runs/base", folder / "runs/ended", ignore=shutil.ignore_patterns("states"))
+    shutil.copytree(
+        folder / "runs/base", folder / "runs/ended", ignore=shutil.ignore_patterns("states")
+    )
 
 
 def encoded_anew(folder):
@@ -640,7 +752,11 @@ BAD = {  # case: (arguments, what is prepared, what the message must say)
 
 
 def files_in(folder):
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and "output-" not in path.name}
+    return {
+        path: path.stat().st_mtime_ns
+        for path in folder.rglob("*")
+        if path.is_file() and "output-" not in path.name
+    }
 
 
 def test_the_readme_counts_them():
@@ -660,7 +776,9 @@ def test_bad_input(home, base, case):
     for path in (home / "bad", home / "bad.py", home / "runs/mine"):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     assert 0 not in codes, text
-    assert text.startswith("error: ") and text.count("error: ") == 1 and "Traceback" not in text, text
+    assert text.startswith("error: ") and text.count("error: ") == 1 and "Traceback" not in text, (
+        text
+    )
     assert all(word in text for word in words), text
     assert len(text.splitlines()) == 1 or "does not fit the model" in text, text
     assert after == before
@@ -669,7 +787,9 @@ def test_bad_input(home, base, case):
 def test_bad_input_in_a_process_of_its_own(home):
     """As a user meets it."""
     command = [sys.executable, ROOT / "train.py", "tiny.py", "--sp=2"]
-    done = subprocess.run(command, cwd=home, env=NO_GPU, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, cwd=home, env=NO_GPU, capture_output=True, text=True, timeout=120
+    )
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
         "error: sp=2 times replicas=1 must divide the number of ranks, 1: "
@@ -681,7 +801,11 @@ def test_wandb_is_not_installed(home):
     if __import__("importlib.util").util.find_spec("wandb"):
         pytest.skip("wandb is installed")
     run = Run(home, "tiny.py", "--wandb=true", "--name=wandb")
-    assert run.wait() == [1] and run.text() == "error: wandb=True: install it with `pip install wandb`, or leave the option out\n"
+    assert (
+        run.wait() == [1]
+        and run.text()
+        == "error: wandb=True: install it with `pip install wandb`, or leave the option out\n"
+    )
 
 
 def test_a_folder_has_one_run_at_a_time(home):
@@ -705,5 +829,6 @@ def test_nothing_unpickles():
     """Files are data: no code of ours reads a pickle."""
     for path in ROOT.glob("*.py"):
         assert not re.search(
-            r"torch\.load\b|\bpickle\b|\bmarshal\b|allow_pickle=True|\bshelve\b", path.read_text().replace("never pickle", "")
+            r"torch\.load\b|\bpickle\b|\bmarshal\b|allow_pickle=True|\bshelve\b",
+            path.read_text().replace("never pickle", ""),
         ), path

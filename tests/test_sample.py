@@ -10,16 +10,20 @@ import pytest
 import torch
 from common import noise_, tiny_config, twins
 
-import data
-from data import ByteTokenizer, get_tokenizer
+import chat
 from model import GPTOSS
 from sample import KeyValueCache, chat_prompt, draw, generate, locate, readable, text_of, write
+from tokenizer import ByteTokenizer, get_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def need_vocabulary():
-    if not os.path.isfile(os.path.join(os.environ.get("TIKTOKEN_CACHE_DIR", ""), "fb374d419588a4632f3f557e76b4b70aebbca790")):
+    if not os.path.isfile(
+        os.path.join(
+            os.environ.get("TIKTOKEN_CACHE_DIR", ""), "fb374d419588a4632f3f557e76b4b70aebbca790"
+        )
+    ):
         pytest.skip("the o200k vocabulary is not here: set TIKTOKEN_CACHE_DIR to a folder with it")
 
 
@@ -64,7 +68,11 @@ def test_generation_keeps_no_graph(monkeypatch):
     """Or the cache would hold every layer's activations of every token."""
     model, drawn = noise_(GPTOSS(tiny_config())), []
     features = model.features
-    monkeypatch.setattr(model, "features", lambda *args, **kwargs: drawn.append(features(*args, **kwargs)) or drawn[-1])
+    monkeypatch.setattr(
+        model,
+        "features",
+        lambda *args, **kwargs: drawn.append(features(*args, **kwargs)) or drawn[-1],
+    )
     assert len(list(generate(model, [1, 2, 3], 4))) == len(drawn) == 4
     assert not any(x.requires_grad for x in drawn)
 
@@ -80,7 +88,9 @@ def test_greedy_tokens_equal_those_of_transformers():
     ours, theirs = twins(tiny_config())
     tokens = prompt_of(ours.config, 23)
     options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    expected = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), **options)[0, 23:].tolist()
+    expected = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), **options)[
+        0, 23:
+    ].tolist()
     assert list(generate(ours, tokens[0].tolist(), 20, temperature=0, prompt_tokens=5)) == expected
 
 
@@ -92,7 +102,9 @@ def test_a_windowed_layer_keeps_what_the_next_token_sees():
         model.features(prompt_of(config, chunk), cache=cache)
         for layer, kept in cache.layers.items():
             for x in kept:
-                assert x.shape[1] == (40 if config.window(layer) is None else config.sliding_window - 1)
+                assert x.shape[1] == (
+                    40 if config.window(layer) is None else config.sliding_window - 1
+                )
                 assert x.untyped_storage().nbytes() == x.numel() * 4  # and nothing behind it
     assert cache.length == 37
 
@@ -136,11 +148,21 @@ def test_seed_stop_and_length():
     model = noise_(GPTOSS(tiny_config()))
 
     def run(seed, max_tokens=40, **options):
-        return list(generate(model, [1, 2, 3], max_tokens, generator=torch.Generator().manual_seed(seed), **options))
+        return list(
+            generate(
+                model,
+                [1, 2, 3],
+                max_tokens,
+                generator=torch.Generator().manual_seed(seed),
+                **options,
+            )
+        )
 
     whole = run(0)
     assert len(whole) == 40 and run(0) == whole != run(1)
-    assert run(0, stop=(whole[9], whole[30])) == whole[: whole.index(whole[9])]  # without the stop token
+    assert (
+        run(0, stop=(whole[9], whole[30])) == whole[: whole.index(whole[9])]
+    )  # without the stop token
     assert run(0, max_tokens=5) == whole[:5]
     room = model.config.max_position_embeddings - 250
     assert len(list(generate(model, [1] * 250, 1000))) == room == 6  # the context ends first
@@ -192,7 +214,9 @@ def test_channels_are_readable_however_the_pieces_fall(size):
 def test_what_is_readable_is_not_held_back():
     """Not even after what looks like markup and is none."""
     said = "<|channel|>final<|message|>" + "a <| b " + "so on " * 40
-    shown = "".join(piece for piece, _ in zip(readable(iter(said)), said))  # without what comes at the end
+    shown = "".join(
+        piece for piece, _ in zip(readable(iter(said)), said)
+    )  # without what comes at the end
     assert shown == ("[final] a <| b " + "so on " * 40)
     quick = readable(iter("<|channel|>final<|message|>Hi"))
     assert "".join(next(quick) for _ in range(28)) == "[final] H"  # as soon as it is there
@@ -202,11 +226,18 @@ def test_what_is_readable_is_not_held_back():
 def test_harmony_prompt():
     """OpenAI's package renders it as it would a conversation."""
     need_vocabulary()
-    pytest.importorskip("openai_harmony", reason="chat is rendered by openai-harmony, which is not installed")
+    pytest.importorskip(
+        "openai_harmony", reason="chat is rendered by openai-harmony, which is not installed"
+    )
     tokenizer = get_tokenizer("o200k_harmony")
     prompt = chat_prompt("Hi <|end|>", tokenizer)
-    trained = data.render_chat([{"role": "user", "content": "Hi <|end|>"}, {"role": "assistant", "content": "Ho"}], tokenizer)[0]
-    assert trained.tolist()[: len(prompt)] == prompt and tokenizer.decode(prompt).endswith("<|end|><|start|>assistant")
+    trained = chat.render_chat(
+        [{"role": "user", "content": "Hi <|end|>"}, {"role": "assistant", "content": "Ho"}],
+        tokenizer,
+    )[0]
+    assert trained.tolist()[: len(prompt)] == prompt and tokenizer.decode(prompt).endswith(
+        "<|end|><|start|>assistant"
+    )
     pieces = text_of(tokenizer.encode("日本 😀🏽") + [200_005], tokenizer)
     assert "".join(pieces) == "日本 😀🏽<|channel|>"
 
@@ -226,24 +257,41 @@ def folders(tmp_path_factory):
     model.save_checkpoint(root / "runs/fake/model")
     (root / "runs/fake/config.json").write_text(json.dumps({"name": "fake", "tokenizer": "bytes"}))
     (root / "runs/young").mkdir()
-    (root / "runs/young/config.json").write_text(json.dumps({"name": "young", "tokenizer": "bytes"}))
+    (root / "runs/young/config.json").write_text(
+        json.dumps({"name": "young", "tokenizer": "bytes"})
+    )
     return root
 
 
 def test_command_on_a_run(folders):
     options = "--max_tokens=9", "--temperature=0", "--device=cpu"
-    run = subprocess.run([sys.executable, "sample.py", folders / "runs/fake", "naïve", *options], cwd=ROOT, capture_output=True)
+    run = subprocess.run(
+        [sys.executable, "sample.py", folders / "runs/fake", "naïve", *options],
+        cwd=ROOT,
+        capture_output=True,
+    )
     assert run.returncode == 0, run.stderr
     tokenizer, model = get_tokenizer("bytes"), GPTOSS.from_checkpoint(folders / "converted")
     greedy = list(generate(model, tokenizer.encode("naïve"), 9, temperature=0, stop=(256,)))
     assert run.stdout.decode() == "naïve" + tokenizer.decode(greedy) + "\n"
-    assert f"prompt of 6 tokens, answer of {len(greedy)}" in run.stderr.decode() and b"tok/s" in run.stderr
+    assert (
+        f"prompt of 6 tokens, answer of {len(greedy)}" in run.stderr.decode()
+        and b"tok/s" in run.stderr
+    )
 
 
 def test_command_says_what_is_wrong(folders):
-    failed = subprocess.run([sys.executable, "sample.py", "absent", "Hi", "--no-chat"], cwd=ROOT, capture_output=True, text=True)
+    failed = subprocess.run(
+        [sys.executable, "sample.py", "absent", "Hi", "--no-chat"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert failed.returncode == 1 and not failed.stdout
-    assert failed.stderr.startswith("sample.py: absent: no such folder. convert_hf.py") and "Traceback" not in failed.stderr
+    assert (
+        failed.stderr.startswith("sample.py: absent: no such folder. convert_hf.py")
+        and "Traceback" not in failed.stderr
+    )
 
 
 def test_folders_seeds_and_chats(folders, capsys):
@@ -252,7 +300,10 @@ def test_folders_seeds_and_chats(folders, capsys):
         return capsys.readouterr()
 
     run = printed("runs/fake", seed=1)
-    assert run.out.startswith("naïve") and run.out == printed("runs/fake/model", seed=1).out != printed("runs/fake").out
+    assert (
+        run.out.startswith("naïve")
+        and run.out == printed("runs/fake/model", seed=1).out != printed("runs/fake").out
+    )
     assert run.out == printed("converted", seed=1, tokenizer="bytes").out
     chat = printed("runs/fake", "Hi", chat=True)
     assert not chat.out.startswith("Hi")
@@ -270,7 +321,12 @@ def test_an_answer_may_be_empty(folders, capsys, monkeypatch):
     "folder, prompt, options, message",
     [
         ("absent", "Hi", {}, "absent: no such folder. convert_hf.py"),
-        ("runs/young", "Hi", {}, "runs/young: this run has no model/ yet. train.py with --resume=true"),
+        (
+            "runs/young",
+            "Hi",
+            {},
+            "runs/young: this run has no model/ yet. train.py with --resume=true",
+        ),
         (".", "Hi", {"tokenizer": "bytes"}, "config.json: not a readable config.json"),
         ("runs/fake", "Hi " * 50, {}, "prompt of 150 tokens: this model takes 1 to 127"),
         ("runs/fake", "", {}, "prompt of 0 tokens"),
@@ -285,12 +341,18 @@ def test_errors_name_the_fix(folders, capsys, folder, prompt, options, message):
 
 def test_a_tokenizer_larger_than_the_model(folders):
     need_vocabulary()
-    with pytest.raises(ValueError, match="has 257 tokens, o200k_harmony has 201088: choose --tokenizer=bytes"):
+    with pytest.raises(
+        ValueError, match="has 257 tokens, o200k_harmony has 201088: choose --tokenizer=bytes"
+    ):
         write(folders / "converted", "Hi", chat=False)
 
 
 def test_a_folder_that_does_not_say_its_tokenizer(folders, capsys):
     assert locate(folders / "converted") == (folders / "converted", "o200k_harmony")
     assert "o200k_harmony; --tokenizer=... chooses another" in capsys.readouterr().err
-    assert locate(folders / "runs/fake") == locate(folders / "runs/fake/model") == (folders / "runs/fake/model", "bytes")
+    assert (
+        locate(folders / "runs/fake")
+        == locate(folders / "runs/fake/model")
+        == (folders / "runs/fake/model", "bytes")
+    )
     assert capsys.readouterr().err == ""

@@ -10,14 +10,29 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from common import assert_all_close, batch, gradients, noise_, packed, relative, run_ranks, tiny_config
+from common import (
+    assert_all_close,
+    batch,
+    gradients,
+    noise_,
+    packed,
+    relative,
+    run_ranks,
+    tiny_config,
+)
 from torch.distributed.device_mesh import init_device_mesh
 
 import sp
 from model import GPTOSS, IGNORED, dense_attention
 
 B, S, H, D = 2, 40, 24, 14  # of 8 ranks: 5 tokens and 3 heads each
-SIZES = {"num_attention_heads": H, "head_dim": D, "hidden_size": 28, "intermediate_size": 36, "num_hidden_layers": 2}
+SIZES = {
+    "num_attention_heads": H,
+    "head_dim": D,
+    "hidden_size": 28,
+    "intermediate_size": 36,
+    "num_hidden_layers": 2,
+}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The model, sequence-parallel
@@ -28,14 +43,24 @@ def straddling():
     return torch.stack([packed([3, 18, 1, 18], [4, 0, 9, 2]), packed([33, 7], [1, 5])])
 
 
-def model_case(kv_heads=4, window=7, documents=False, recompute="none", masked=slice(0, 0), cotangents=False):
+def model_case(
+    kv_heads=4, window=7, documents=False, recompute="none", masked=slice(0, 0), cotangents=False
+):
     """A model and its batch, the same wherever it is made. `masked`: positions of which no target counts."""
     config = tiny_config(**SIZES, num_key_value_heads=kv_heads, sliding_window=window)
     tokens, targets = batch(config, B, S)
     targets[:, masked] = IGNORED
-    targets[:, ::4] = torch.where(torch.arange(S)[::4] < S // 2, IGNORED, targets[:, ::4])  # fewer count in the first half
+    targets[:, ::4] = torch.where(
+        torch.arange(S)[::4] < S // 2, IGNORED, targets[:, ::4]
+    )  # fewer count in the first half
     grad = torch.randn(B, S, generator=torch.Generator().manual_seed(9)) if cotangents else None
-    return noise_(GPTOSS(config, recompute)), tokens, targets, straddling() if documents else None, grad
+    return (
+        noise_(GPTOSS(config, recompute)),
+        tokens,
+        targets,
+        straddling() if documents else None,
+        grad,
+    )
 
 
 def outcome(model, tokens, targets, documents, grad):
@@ -101,10 +126,16 @@ def check_layouts():
     heads = sp.seq_to_heads(mine)
     assert torch.equal(heads, whole[:, :, r * h : (r + 1) * h])
     assert torch.equal(sp.heads_to_seq(heads), mine)
-    assert torch.equal(torch.autograd.grad(heads, mine, -whole[:, :, r * h : (r + 1) * h])[0], -mine)
+    assert torch.equal(
+        torch.autograd.grad(heads, mine, -whole[:, :, r * h : (r + 1) * h])[0], -mine
+    )
     back = sp.heads_to_seq(heads.detach().requires_grad_())
-    strided = (2 * whole)[:, r * s : (r + 1) * s].transpose(1, 2).contiguous().transpose(1, 2)  # as a backward may hand it
-    (gradient,) = torch.autograd.grad(sp.heads_to_seq(leaf := heads.detach().requires_grad_()), leaf, strided)
+    strided = (
+        (2 * whole)[:, r * s : (r + 1) * s].transpose(1, 2).contiguous().transpose(1, 2)
+    )  # as a backward may hand it
+    (gradient,) = torch.autograd.grad(
+        sp.heads_to_seq(leaf := heads.detach().requires_grad_()), leaf, strided
+    )
     assert torch.equal(back, mine) and torch.equal(gradient, (2 * whole)[:, :, r * h : (r + 1) * h])
 
 
@@ -122,7 +153,10 @@ def check_shards():
     mine = sp.local_heads(per_head)
     assert torch.equal(mine, per_head[r * H // n : (r + 1) * H // n])
     mine.sum().backward()
-    assert per_head.grad.sum() == 3 * H // n and (per_head.grad[r * H // n : (r + 1) * H // n] == 1).all()
+    assert (
+        per_head.grad.sum() == 3 * H // n
+        and (per_head.grad[r * H // n : (r + 1) * H // n] == 1).all()
+    )
 
 
 def check_repeated_kv():
@@ -131,17 +165,31 @@ def check_repeated_kv():
     for K in (1, 2, 8):
         kv = sp.seq_to_heads(sp.repeat_kv(sp.shard(numbered(K))[0]))
         for local, head in enumerate(range(r * H // n, (r + 1) * H // n)):
-            assert torch.equal(kv[:, :, local // (H // n // kv.shape[2])], numbered(K)[:, :, head // (H // K)])
+            assert torch.equal(
+                kv[:, :, local // (H // n // kv.shape[2])], numbered(K)[:, :, head // (H // K)]
+            )
 
 
 def check_errors():
     n = sp.size()
     for call, message in [
-        (lambda: sp.seq_to_heads(torch.zeros(1, 2, n + 1, 3)), f"sp={n} must divide the number of attention heads, {n + 1}"),
-        (lambda: sp.repeat_kv(torch.zeros(1, 2, n + 1, 3)), f"sp={n} must divide.*key-value heads, {n + 1}"),
+        (
+            lambda: sp.seq_to_heads(torch.zeros(1, 2, n + 1, 3)),
+            f"sp={n} must divide the number of attention heads, {n + 1}",
+        ),
+        (
+            lambda: sp.repeat_kv(torch.zeros(1, 2, n + 1, 3)),
+            f"sp={n} must divide.*key-value heads, {n + 1}",
+        ),
         (lambda: sp.repeat_kv(torch.zeros(1, 2, 3, 3)), f"sp={n} must divide.*key-value heads, 3"),
-        (lambda: sp.shard(torch.zeros(2, n), torch.zeros(2, n + 1)), f"sp={n} must divide the sequence length, {n + 1}"),
-        (lambda: GPTOSS(tiny_config())(torch.zeros(1, 256, dtype=torch.int64)), f"{256 * n} tokens.*=256"),
+        (
+            lambda: sp.shard(torch.zeros(2, n), torch.zeros(2, n + 1)),
+            f"sp={n} must divide the sequence length, {n + 1}",
+        ),
+        (
+            lambda: GPTOSS(tiny_config())(torch.zeros(1, 256, dtype=torch.int64)),
+            f"{256 * n} tokens.*=256",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             call()
@@ -165,9 +213,15 @@ def check_wrapper(sent=1):
     mask = torch.rand(S, S, generator=torch.Generator().manual_seed(0)) < 0.5
     mask.fill_diagonal_(True)
     exchanges, all_to_all = [], dist.all_to_all_single
-    dist.all_to_all_single = lambda *args, **kwargs: (exchanges.append(1), all_to_all(*args, **kwargs))[1]
+    dist.all_to_all_single = lambda *args, **kwargs: (
+        exchanges.append(1),
+        all_to_all(*args, **kwargs),
+    )[1]
     for K in (2, 8):
-        for attention, given, extra in (plain_attention, False, {"mask": mask}), (dense_attention, True, {"window": 9}):
+        for attention, given, extra in (
+            (plain_attention, False, {"mask": mask}),
+            (dense_attention, True, {"window": 9}),
+        ):
             calls = []
 
             def counting(q, k, v, sinks, attention=attention, calls=calls, **kwargs):
@@ -204,7 +258,14 @@ def check_large_rows():
     sp.ROW_BYTES = limit
 
 
-CHECKS = [check_layouts, check_shards, check_repeated_kv, check_errors, check_wrapper, check_large_rows]
+CHECKS = [
+    check_layouts,
+    check_shards,
+    check_repeated_kv,
+    check_errors,
+    check_wrapper,
+    check_large_rows,
+]
 
 
 def wrong_sinks():
@@ -220,7 +281,11 @@ def wrong_count():
     right, sp.all_reduce = sp.all_reduce, lambda x: x
     result = together(MODEL_CASES[4]["plain"])
     sp.all_reduce = right
-    return {**result, "loss": result["loss"] / 4, "gradients": {name: g / 4 for name, g in result["gradients"].items()}}
+    return {
+        **result,
+        "loss": result["loss"] / 4,
+        "gradients": {name: g / 4 for name, g in result["gradients"].items()},
+    }
 
 
 def wrong_documents():
@@ -269,7 +334,9 @@ def on_a_rank(n):
 def ranks(n):
     """[{name: result} of each of the n ranks], or the traceback of the first failure."""
     try:
-        return [results for results in run_ranks(min(2 * n, 8), on_a_rank, n) if results is not None]
+        return [
+            results for results in run_ranks(min(2 * n, 8), on_a_rank, n) if results is not None
+        ]
     except (RuntimeError, TimeoutError) as error:
         return str(error)
 
@@ -283,7 +350,10 @@ def results(n, name):
 def summed(n, name):
     """The ranks' results as one: (loss, logprobs, gradients)."""
     parts = results(n, name)
-    loss, logprobs = sum(part["loss"] for part in parts), torch.cat([part["logprobs"] for part in parts], dim=1)
+    loss, logprobs = (
+        sum(part["loss"] for part in parts),
+        torch.cat([part["logprobs"] for part in parts], dim=1),
+    )
     names = parts[0]["gradients"]
     return loss, logprobs, {name: sum(part["gradients"][name] for part in parts) for name in names}
 
@@ -292,7 +362,9 @@ def summed(n, name):
 # Tests
 
 
-@pytest.mark.parametrize("n, case", [(n, case) for n, cases in MODEL_CASES.items() for case in cases])
+@pytest.mark.parametrize(
+    "n, case", [(n, case) for n, cases in MODEL_CASES.items() for case in cases]
+)
 def test_ranks_equal_one(n, case):
     loss, logprobs, grads = summed(n, case)
     expected = alone(n, case)
@@ -301,16 +373,24 @@ def test_ranks_equal_one(n, case):
     assert relative(logprobs, expected["logprobs"]) <= 1e-6
     assert_all_close(grads, expected["gradients"], 1e-5)
     sinks = [name for name in grads if name.endswith("sinks")]
-    assert len(sinks) == 2 and all(case == "no targets" or (grads[name] != 0).all() for name in sinks)
+    assert len(sinks) == 2 and all(
+        case == "no targets" or (grads[name] != 0).all() for name in sinks
+    )
 
 
 def test_cases_are_what_they_say():
     """Ranks without a target have none, and give no NaN; the others have unequal counts."""
-    cases = (2, "a rank without targets", [1]), (4, "a rank without targets", [0]), (8, "ranks without targets", [1, 2, 3])
+    cases = (
+        (2, "a rank without targets", [1]),
+        (4, "a rank without targets", [0]),
+        (8, "ranks without targets", [1, 2, 3]),
+    )
     for n, case, empty in cases:
         _, _, targets, _, _ = model_case(**MODEL_CASES[n][case])
         counts = [(part != IGNORED).sum().item() for part in targets.chunk(n, dim=1)]
-        assert [rank for rank, count in enumerate(counts) if count == 0] == empty and len(set(counts)) > 1
+        assert [rank for rank, count in enumerate(counts) if count == 0] == empty and len(
+            set(counts)
+        ) > 1
         for rank in empty:
             assert results(n, case)[rank]["loss"] == 0
     assert alone(4, "no targets")["loss"] == 0
@@ -334,12 +414,21 @@ def test_comparison_sees(mistake):
 def test_without_a_group_all_is_the_identity():
     x, odd = numbered(), torch.zeros(1, 3)
     assert (sp.size(), sp.rank()) == (1, 0)
-    for function in (sp.seq_to_heads, sp.heads_to_seq, sp.repeat_kv, sp.local_heads, sp.gather_sequence, sp.all_reduce):
+    for function in (
+        sp.seq_to_heads,
+        sp.heads_to_seq,
+        sp.repeat_kv,
+        sp.local_heads,
+        sp.gather_sequence,
+        sp.all_reduce,
+    ):
         assert torch.equal(function(x), x)
     assert torch.equal(sp.shard(odd, None)[0], odd) and sp.shard(odd, None)[1] is None
     assert sp.positions(3).tolist() == [0, 1, 2]
     q, k, v, sinks, _ = attention_case(4)
-    assert torch.equal(sp.ulysses(dense_attention)(q, k, v, sinks, window=3), dense_attention(q, k, v, sinks, 3))
+    assert torch.equal(
+        sp.ulysses(dense_attention)(q, k, v, sinks, window=3), dense_attention(q, k, v, sinks, 3)
+    )
     assert sp.ulysses(dense_attention).__name__ == "dense_attention"
     sp.init(None)
     assert sp.size() == 1

@@ -15,16 +15,16 @@ from common import batch, run_ranks, tiny_config
 from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
-from loop import NO_GPU, TINY, Run, losses, make_home, metrics, train, write_corpus
+from runs import NO_GPU, TINY, Run, losses, make_home, metrics, train, write_corpus
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import train as loop
-from checkpoint import weight_files
 from data import TokenData
-from guards import memory_advice
+from loop.guards import memory_advice
+from loop.options import Options, model_config, parse
 from model import GPTOSS, IGNORED
-from options import Options, model_config, parse
+from weights import weight_files
 
 SAVES = ("--save_every=10", "--keep=9")
 
@@ -68,7 +68,10 @@ RUNS = {  # name: ranks, options
 @pytest.fixture(scope="module")
 def printed(home):
     """{name of a run: what it printed}"""
-    return {name: train(home, "tiny.py", f"--name={name}", *options, ranks=ranks) for name, (ranks, options) in RUNS.items()}
+    return {
+        name: train(home, "tiny.py", f"--name={name}", *options, ranks=ranks)
+        for name, (ranks, options) in RUNS.items()
+    }
 
 
 def assert_same_losses(home, name, other, tolerance=1e-5):
@@ -85,18 +88,32 @@ def test_losses_are_those_of_one_rank(home, printed, name):
     norms = [[row["grad_norm"] for row in metrics(home, run)] for run in (name, "one")]
     assert max(abs(a - b) / b for a, b in zip(*norms)) < 1e-3
     loads = [[row["expert_load"] for row in metrics(home, run)] for run in (name, "one")]
-    assert max(abs(a - b) / b for a, b in zip(*loads)) < 0.05  # a token between two experts may choose the other
+    assert (
+        max(abs(a - b) / b for a, b in zip(*loads)) < 0.05
+    )  # a token between two experts may choose the other
 
 
 def sharded_gradients(ranks, optimizer, in_fp32):
     """{name: gradient}, whole, of a bf16 model over `ranks` ranks that each have tokens of their own."""
-    config = tiny_config(hidden_size=24, intermediate_size=16)  # grouped matmuls in bf16 want sizes that 8 divides
-    options = Options(**dataclasses.asdict(config), batch_size=ranks, optimizer=optimizer, recompute="all", keep_blocks=2)
+    config = tiny_config(
+        hidden_size=24, intermediate_size=16
+    )  # grouped matmuls in bf16 want sizes that 8 divides
+    options = Options(
+        **dataclasses.asdict(config),
+        batch_size=ranks,
+        optimizer=optimizer,
+        recompute="all",
+        keep_blocks=2,
+    )
     mesh = init_device_mesh("cpu", (1, ranks), mesh_dim_names=("replica", "shard"))
 
     def policy(**settings):
-        assert settings["reduce_dtype"] == (torch.bfloat16 if ranks <= 2 and optimizer == "split" else torch.float32)
-        return MixedPrecisionPolicy(**settings | ({"reduce_dtype": torch.float32} if in_fp32 else {}))
+        assert settings["reduce_dtype"] == (
+            torch.bfloat16 if ranks <= 2 and optimizer == "split" else torch.float32
+        )
+        return MixedPrecisionPolicy(
+            **settings | ({"reduce_dtype": torch.float32} if in_fp32 else {})
+        )
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "MixedPrecisionPolicy", policy)
@@ -107,10 +124,17 @@ def sharded_gradients(ranks, optimizer, in_fp32):
     return {name: p.grad.full_tensor() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("ranks, optimizer", [(1, "split"), (2, "split"), (4, "split"), (2, "fp32")])
+@pytest.mark.parametrize(
+    "ranks, optimizer", [(1, "split"), (2, "split"), (4, "split"), (2, "fp32")]
+)
 def test_bf16_sums_are_as_exact_as_fp32_ones(ranks, optimizer):
-    found, expected = (run_ranks(ranks, sharded_gradients, ranks, optimizer, in_fp32)[0] for in_fp32 in (False, True))
-    assert {g.dtype for g in found.values()} == {torch.float32 if optimizer == "fp32" else torch.bfloat16}
+    found, expected = (
+        run_ranks(ranks, sharded_gradients, ranks, optimizer, in_fp32)[0]
+        for in_fp32 in (False, True)
+    )
+    assert {g.dtype for g in found.values()} == {
+        torch.float32 if optimizer == "fp32" else torch.bfloat16
+    }
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
@@ -119,7 +143,10 @@ def questions_of_the_reduce_scatter(optimizer):
     config, ranks = tiny_config(hidden_size=24, intermediate_size=16), dist.get_world_size()
     options = Options(**dataclasses.asdict(config), batch_size=ranks, optimizer=optimizer)
     mesh = init_device_mesh("cpu", (1, ranks), mesh_dim_names=("replica", "shard"))
-    model, answers = loop.build_model(options, config, torch.device("cpu"), mesh, torch.bfloat16), []
+    model, answers = (
+        loop.build_model(options, config, torch.device("cpu"), mesh, torch.bfloat16),
+        [],
+    )
 
     def allocate(self, *args, **kwargs):
         answers[-1].add(self.makes_the_gradient())
@@ -136,7 +163,9 @@ def questions_of_the_reduce_scatter(optimizer):
     return answers
 
 
-@pytest.mark.parametrize("ranks, optimizer", [(1, "split"), (2, "split"), (4, "split"), (2, "fp32")])
+@pytest.mark.parametrize(
+    "ranks, optimizer", [(1, "split"), (2, "split"), (4, "split"), (2, "fp32")]
+)
 def test_whose_memory_gradients_take(ranks, optimizer):
     """The computation's, for what becomes a gradient as it is. FSDP's own for what is added to one or copied to another dtype."""
     copied = (ranks, optimizer) == (4, "split")
@@ -155,7 +184,9 @@ def test_first_step_against_the_model_alone(home, printed):
     first = metrics(home, "one")[0]
     assert first["loss"] == pytest.approx(loss.item(), rel=1e-6)
     assert first["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
-    assert first["expert_load"] == pytest.approx(sum((x.max() / x.mean()).item() for x in loads) / len(loads), rel=1e-6)
+    assert first["expert_load"] == pytest.approx(
+        sum((x.max() / x.mean()).item() for x in loads) / len(loads), rel=1e-6
+    )
 
 
 def held_out(home, name):
@@ -178,7 +209,14 @@ def test_evaluation_does_not_depend_on_the_ranks(home, printed):
 def test_evaluation_takes_no_row_twice(home):
     rows = TokenData(str(home / "held-out"), 32).rows_per_epoch
     for eval_rows in (rows, 3 * rows):
-        train(home, "tiny.py", "--steps=1", "--eval_every=1", f"--eval_rows={eval_rows}", f"--name=eval-{eval_rows}")
+        train(
+            home,
+            "tiny.py",
+            "--steps=1",
+            "--eval_every=1",
+            f"--eval_rows={eval_rows}",
+            f"--name=eval-{eval_rows}",
+        )
     assert held_out(home, f"eval-{rows}") == held_out(home, f"eval-{3 * rows}")
 
 
@@ -188,8 +226,13 @@ def test_ranks_with_few_or_no_targets(home, ranks, sp):
     if not (home / "sparse").exists():
         write_corpus(home / "sparse", counted=0.03)
     name, model = f"sparse-{ranks}-{sp}", fresh_model(tiny_options())
-    train(home, "tiny.py", "--data=sparse", "--steps=8", f"--sp={sp}", f"--name={name}", ranks=ranks)
-    batches = [whole_batch(home, tiny_options(), "sparse", range(4 * step, 4 * step + 4)) for step in range(8)]
+    train(
+        home, "tiny.py", "--data=sparse", "--steps=8", f"--sp={sp}", f"--name={name}", ranks=ranks
+    )
+    batches = [
+        whole_batch(home, tiny_options(), "sparse", range(4 * step, 4 * step + 4))
+        for step in range(8)
+    ]
     counts = [[(row != IGNORED).sum().item() for row in targets] for _, targets, _ in batches]
     assert all(map(sum, counts)) and any(0 in rows for rows in counts)
     assert metrics(home, name)[0]["loss"] == pytest.approx(model(*batches[0]).item(), rel=1e-6)
@@ -202,7 +245,17 @@ def test_ranks_with_few_or_no_targets(home, ranks, sp):
 
 def test_metrics_and_lines(home, printed):
     rows = metrics(home, "two")
-    fields = {"step", "loss", "grad_norm", "lr", "expert_load", "ms", "tokens_per_s", "tokens_per_s_per_rank", "eta_s"}
+    fields = {
+        "step",
+        "loss",
+        "grad_norm",
+        "lr",
+        "expert_load",
+        "ms",
+        "tokens_per_s",
+        "tokens_per_s_per_rank",
+        "eta_s",
+    }
     assert all(row.keys() == fields for row in rows)
     lines = [line for line in printed["two"].splitlines() if re.match(r"step \d+ \| loss", line)]
     assert len(lines) == len(rows) == 50
@@ -216,8 +269,13 @@ def test_metrics_and_lines(home, printed):
     assert "memory nearly full, 3 stops so far" in loop.format_line(rows[0] | {"alloc_retries": 3})
     assert "memory" not in loop.format_line(rows[0] | {"alloc_retries": 0})
     assert "step 49 | held out" in printed["two"]
-    assert not [line for output in printed.values() for line in output.splitlines() if "Warning" in line]
-    assert "128 tokens a step = 2 micro-batches x 2 groups of sp 1 x 1 rows x 32 tokens" in printed["two"]
+    assert not [
+        line for output in printed.values() for line in output.splitlines() if "Warning" in line
+    ]
+    assert (
+        "128 tokens a step = 2 micro-batches x 2 groups of sp 1 x 1 rows x 32 tokens"
+        in printed["two"]
+    )
 
 
 def test_flops_of_packed_documents():
@@ -240,9 +298,13 @@ def test_mfu(home, sp):
     Run(home, *arguments, ranks=2, prepare=on_a_gpu_of_a_gigaflop).ends_well()
     config = model_config(tiny_options())
     for row in metrics(home, f"mfu-{sp}"):
-        _, _, documents = whole_batch(home, tiny_options(), "corpus", range(4 * row["step"], 4 * row["step"] + 4))
+        _, _, documents = whole_batch(
+            home, tiny_options(), "corpus", range(4 * row["step"], 4 * row["step"] + 4)
+        )
         assert documents.any()
-        assert row["mfu"] == pytest.approx(loop.flops_of(config, documents) / (row["ms"] / 1000) / 2 / 1e9)
+        assert row["mfu"] == pytest.approx(
+            loop.flops_of(config, documents) / (row["ms"] / 1000) / 2 / 1e9
+        )
 
 
 class StopInStep3:
@@ -261,7 +323,13 @@ def stop_in_step_3(rank):
 def test_a_stop_in_the_last_step_changes_nothing(home):
     """The run is over all the same: it is evaluated, and its weights are written. A step earlier, neither."""
     for steps in (3, 4):
-        arguments = ("tiny.py", f"--name=stopped-{steps}", f"--steps={steps}", "--eval_every=50", "--eval_rows=4")
+        arguments = (
+            "tiny.py",
+            f"--name=stopped-{steps}",
+            f"--steps={steps}",
+            "--eval_every=50",
+            "--eval_rows=4",
+        )
         printed = Run(home, *arguments, prepare=stop_in_step_3).ends_well().text()
         assert ("held out" in printed) == ("weights are in" in printed) == (steps == 3)
         assert "saving the state after step 2" in printed
@@ -272,10 +340,25 @@ def test_files_of_a_run(home, printed):
     settings = json.loads((run / "config.json").read_text())
     assert settings.pop("tokenizer") == "bytes"
     assert settings == dataclasses.asdict(
-        tiny_options(name="one", save_every=10, keep=9, eval_every=25, eval_rows=7, sample="ab", sample_tokens=5)
+        tiny_options(
+            name="one",
+            save_every=10,
+            keep=9,
+            eval_every=25,
+            eval_rows=7,
+            sample="ab",
+            sample_tokens=5,
+        )
     )
-    assert {path.name for path in run.iterdir()} - {"loss.png"} == {"config.json", "metrics.jsonl", "states", "model"}
-    assert [path.name for path in sorted((run / "states").iterdir())] == [f"step-{n:08d}" for n in (10, 20, 30, 40, 50)]
+    assert {path.name for path in run.iterdir()} - {"loss.png"} == {
+        "config.json",
+        "metrics.jsonl",
+        "states",
+        "model",
+    }
+    assert [path.name for path in sorted((run / "states").iterdir())] == [
+        f"step-{n:08d}" for n in (10, 20, 30, 40, 50)
+    ]
     assert "weights are in runs/one/model\nab" in printed["one"]
     pytest.importorskip("matplotlib", reason="draws loss.png")
     assert (run / "loss.png").read_bytes()[:4] == b"\x89PNG"
@@ -296,17 +379,32 @@ def test_configs_fit_their_gpus(config, gigabytes, sizes, monkeypatch, capsys):
     loop.dry_run(parse([str(ROOT / "configs" / f"{config}.py"), "--checkpoint=", *assigned], ""))
     printed = capsys.readouterr().out
     peak = re.search(r"([\d.]+) GiB  peak of each", printed)
-    assert ("8.8 GiB  of host memory" in printed) == (config == "gptoss_128k_2gpu")  # 65,536 tokens x 25 x 5,760 bytes
+    assert ("8.8 GiB  of host memory" in printed) == (
+        config == "gptoss_128k_2gpu"
+    )  # 65,536 tokens x 25 x 5,760 bytes
     assert 0.5 * gigabytes * 1e9 < float(peak[1]) * 2**30 < (gigabytes - 4) * 1e9
 
 
 def test_dry_run(home):
     """In a process of its own, as anyone would start it."""
-    command = [sys.executable, ROOT / "train.py", "tiny.py", "--dry_run=true", "--ranks=4", "--sp=2", "--name=dry"]
-    text = subprocess.run(command, cwd=home, env=NO_GPU, capture_output=True, text=True, timeout=120, check=True).stdout
+    command = [
+        sys.executable,
+        ROOT / "train.py",
+        "tiny.py",
+        "--dry_run=true",
+        "--ranks=4",
+        "--sp=2",
+        "--name=dry",
+    ]
+    text = subprocess.run(
+        command, cwd=home, env=NO_GPU, capture_output=True, text=True, timeout=120, check=True
+    ).stdout
     parameters = sum(p.numel() for p in fresh_model(tiny_options()).parameters())
     assert f"{parameters:,} parameters, optimizer fp32 at 16 bytes each" in text
-    assert "2 micro-batches x 2 groups of sp 2 x 1 rows x 32 tokens" in text and "GiB  peak of each of 4 GPUs" in text
+    assert (
+        "2 micro-batches x 2 groups of sp 2 x 1 rows x 32 tokens" in text
+        and "GiB  peak of each of 4 GPUs" in text
+    )
     assert "FLOPs, if each row is one document\n" in text, "nothing is recomputed"
     assert not (home / "runs/dry").exists()
 
@@ -322,10 +420,14 @@ def test_one_rank_prints_a_dry_run(monkeypatch, capsys):
 def test_advice_when_memory_runs_out():
     """The cheapest first, and nothing that would not help."""
     keeping = memory_advice(Options(recompute="attention", keep_blocks=3, optimizer="split"))
-    assert keeping.startswith("out of memory: try a smaller --keep_blocks, then --offload=true --keep_blocks=0 (")
+    assert keeping.startswith(
+        "out of memory: try a smaller --keep_blocks, then --offload=true --keep_blocks=0 ("
+    )
     assert "optimizer" not in keeping and "micro_batch" not in keeping
     nothing = memory_advice(Options(recompute="none", keep_blocks=3, micro_batch=2))
-    assert nothing.startswith("out of memory: try --recompute=attention, then a smaller --micro_batch, then --optimizer=split (")
+    assert nothing.startswith(
+        "out of memory: try --recompute=attention, then a smaller --micro_batch, then --optimizer=split ("
+    )
     last = memory_advice(Options(offload=True, optimizer="bf16"))
     assert last == "out of memory: try a larger --sp over more GPUs, or a shorter --seq_len"
 
@@ -333,12 +435,21 @@ def test_advice_when_memory_runs_out():
 def test_dry_run_counts_every_option_of_memory(monkeypatch, capsys):
     """Each of these changes what the dry run prints."""
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    changes = {"keep_blocks": 2}, {"recompute": "none"}, {"offload": True}, {"optimizer": "bf16"}, {"micro_batch": 2}, {"sp": 2}
+    changes = (
+        {"keep_blocks": 2},
+        {"recompute": "none"},
+        {"offload": True},
+        {"optimizer": "bf16"},
+        {"micro_batch": 2},
+        {"sp": 2},
+    )
     printed = set()
     for change in {}, *changes:
         loop.dry_run(Options(**{"ranks": 4, "seq_len": 2**17, "recompute": "attention", **change}))
         printed.add(capsys.readouterr().out)
-    assert len(printed) == 7 and sum(" more for what is recomputed" in text for text in printed) == 6
+    assert (
+        len(printed) == 7 and sum(" more for what is recomputed" in text for text in printed) == 6
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -351,13 +462,25 @@ def test_learning_rate():
     assert rates[:11] == pytest.approx([0.2 * (step + 1) for step in range(10)] + [2.0])
     assert rates[55] == pytest.approx(2 * (0.1 + 0.9 / 2)) and rates[100] == pytest.approx(0.2)
     assert all(a > b for a, b in zip(rates[10:], rates[11:]))
-    assert loop.learning_rate(tiny_options(steps=1, warmup_steps=0), 0) == 1e-3  # nothing divides by zero
+    assert (
+        loop.learning_rate(tiny_options(steps=1, warmup_steps=0), 0) == 1e-3
+    )  # nothing divides by zero
 
 
 def test_learning_rate_is_applied(home, printed):
     options = tiny_options()
-    assert [row["lr"] for row in metrics(home, "one")] == [loop.learning_rate(options, step) for step in range(50)]
-    train(home, "tiny.py", "--steps=2", "--warmup_steps=0", "--lr=1e-30", "--final_lr=1", "--name=still")
+    assert [row["lr"] for row in metrics(home, "one")] == [
+        loop.learning_rate(options, step) for step in range(50)
+    ]
+    train(
+        home,
+        "tiny.py",
+        "--steps=2",
+        "--warmup_steps=0",
+        "--lr=1e-30",
+        "--final_lr=1",
+        "--name=still",
+    )
     old, new = fresh_model(options), GPTOSS.from_checkpoint(home / "runs/still/model")
     for (name, p), q in zip(old.named_parameters(), new.parameters()):
         assert torch.allclose(p, q, rtol=0, atol=1e-20), name
@@ -370,10 +493,20 @@ def test_decay_is_for_matrices(optimizer):
     model = GPTOSS(model_config(options))
     names = {p: name for name, p in model.named_parameters()}
     groups = loop.build_optimizer(options, model).param_groups
-    decayed = {names[p] for group in groups if group["weight_decay"] == 0.1 for p in group["params"]}
+    decayed = {
+        names[p] for group in groups if group["weight_decay"] == 0.1 for p in group["params"]
+    }
     others = {names[p] for group in groups if group["weight_decay"] == 0 for p in group["params"]}
-    matrices = {f"blocks.{n}.{part}" for n in (0, 1) for part in ("attention.qkv.weight", "attention.out.weight")}
-    matrices |= {f"blocks.{n}.mlp.{part}" for n in (0, 1) for part in ("router.weight", "gate_up_weight", "down_weight")}
+    matrices = {
+        f"blocks.{n}.{part}"
+        for n in (0, 1)
+        for part in ("attention.qkv.weight", "attention.out.weight")
+    }
+    matrices |= {
+        f"blocks.{n}.mlp.{part}"
+        for n in (0, 1)
+        for part in ("router.weight", "gate_up_weight", "down_weight")
+    }
     assert decayed == matrices | {"embedding.weight", "unembedding.weight"}
     assert decayed | others == set(names.values()) and not decayed & others
 
@@ -383,7 +516,15 @@ def test_split_follows_fp32_and_bf16_does_not(home):
     dropped = {}
     for optimizer in ("fp32", "split", "bf16"):
         name = f"optimizer-{optimizer}"
-        train(home, "tiny.py", f"--optimizer={optimizer}", "--lr=1e-5", "--warmup_steps=0", "--steps=30", f"--name={name}")
+        train(
+            home,
+            "tiny.py",
+            f"--optimizer={optimizer}",
+            "--lr=1e-5",
+            "--warmup_steps=0",
+            "--steps=30",
+            f"--name={name}",
+        )
         curve = losses(home, name)
         dropped[optimizer] = sum(curve[:5]) - sum(curve[-5:])
     assert dropped["split"] == pytest.approx(dropped["fp32"], rel=0.02)
@@ -393,12 +534,22 @@ def test_split_follows_fp32_and_bf16_does_not(home):
 def test_clipping(home):
     """The norm in the log is the one before clipping; clipped gradients move Adam's first moments, not its first step."""
     train(home, "tiny.py", "--steps=1", "--save_every=1", "--name=free", "--grad_clip=0")
-    train(home, "tiny.py", "--steps=1", "--save_every=1", "--name=clipped", "--grad_clip=0.01", ranks=2)
+    train(
+        home,
+        "tiny.py",
+        "--steps=1",
+        "--save_every=1",
+        "--name=clipped",
+        "--grad_clip=0.01",
+        ranks=2,
+    )
     from safetensors.torch import load_file
 
     def moments(name):
         files = sorted((home / "runs" / name / "states/step-00000001").glob("*.safetensors"))
-        tensors = [x for file in files for key, x in load_file(file).items() if key.startswith("exp_avg.")]
+        tensors = [
+            x for file in files for key, x in load_file(file).items() if key.startswith("exp_avg.")
+        ]
         return torch.stack([x.norm() for x in tensors]).norm().item() / 0.1
 
     norm = metrics(home, "free")[0]["grad_norm"]
@@ -452,7 +603,9 @@ def test_resumed_after_the_end_only_writes_the_weights(home, printed):
 def test_resumed_on_another_number_of_ranks(home, printed, name, ranks, options):
     copy = f"{name}-on-{ranks}-{len(''.join(options))}"
     copy_run(home, name, copy, 40)
-    assert "goes on after step 39\n" in train(home, "tiny.py", f"--name={copy}", "--resume=true", *options, ranks=ranks)
+    assert "goes on after step 39\n" in train(
+        home, "tiny.py", f"--name={copy}", "--resume=true", *options, ranks=ranks
+    )
     assert_same_losses(home, copy, name)
 
 
@@ -469,17 +622,33 @@ def test_resumed_with_split_optimizer(home):
 def test_companions_travel_with_the_weights(home, printed):
     """What convert_hf.py put beside the weights lies beside the trained ones, and nothing else does."""
     shutil.copytree(home / "runs/one/model", home / "converted")
-    companions = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+    companions = (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+    )
     companions += ("generation_config.json", "hf_config.json")
     for name in (*companions, "README.md"):
         (home / "converted" / name).write_text(name)
-    options = ["--checkpoint=converted", "--data=corpus", "--seq_len=32", "--steps=1", "--name=tuned"]
+    options = [
+        "--checkpoint=converted",
+        "--data=corpus",
+        "--seq_len=32",
+        "--steps=1",
+        "--name=tuned",
+    ]
     train(home, *options, ranks=2)
     tuned = home / "runs/tuned/model"
-    weights = {path.name for path in weight_files(tuned).values()} | {"model.safetensors.index.json", "config.json"}
+    weights = {path.name for path in weight_files(tuned).values()} | {
+        "model.safetensors.index.json",
+        "config.json",
+    }
     assert {path.name for path in tuned.iterdir()} == weights | set(companions)
     assert all((tuned / name).read_text() == name for name in companions)
-    expected = GPTOSS.from_checkpoint(home / "converted")(*whole_batch(home, tiny_options(), "corpus", range(8))).item()
+    expected = GPTOSS.from_checkpoint(home / "converted")(
+        *whole_batch(home, tiny_options(), "corpus", range(8))
+    ).item()
     assert metrics(home, "tuned")[0]["loss"] == pytest.approx(expected, rel=1e-6)
 
 
@@ -493,7 +662,9 @@ def test_help_lists_every_option(capsys):
     assert not stop.value.code
     text = capsys.readouterr().out
     for field in dataclasses.fields(Options):
-        (line,) = [line for line in text.splitlines() if line.split("=")[0].strip() == f"--{field.name}"]
+        (line,) = [
+            line for line in text.splitlines() if line.split("=")[0].strip() == f"--{field.name}"
+        ]
         assert len(line.split(maxsplit=1)[1].split()) > 1, f"{field.name} has no meaning"
 
 
@@ -514,17 +685,38 @@ def test_options_that_exclude_each_other(wrong):
 
 
 def test_config_file_then_command_line(tmp_path):
-    (tmp_path / "mine.py").write_text("import math\n_helper = 3\nlr = 1\nseq_len = 64 * 2\nsample = 'a=b'\n")
-    options = parse(["--steps=7", str(tmp_path / "mine.py"), "--seq_len=96", "--offload=True", "--eval_data=x=y"], "")
+    (tmp_path / "mine.py").write_text(
+        "import math\n_helper = 3\nlr = 1\nseq_len = 64 * 2\nsample = 'a=b'\n"
+    )
+    options = parse(
+        [
+            "--steps=7",
+            str(tmp_path / "mine.py"),
+            "--seq_len=96",
+            "--offload=True",
+            "--eval_data=x=y",
+        ],
+        "",
+    )
     assert (options.name, options.lr, options.seq_len, options.steps) == ("mine", 1, 96, 7)
     assert options.offload is True and options.sample == "a=b" and options.eval_data == "x=y"
-    assert parse([], "") == Options(name="run") and parse([str(tmp_path / "mine.py"), "--name="], "").name == "mine"
+    assert (
+        parse([], "") == Options(name="run")
+        and parse([str(tmp_path / "mine.py"), "--name="], "").name == "mine"
+    )
 
 
 @given(st.data())
 def test_any_value_of_the_right_type_arrives_and_others_are_named(data):
     field = data.draw(st.sampled_from(dataclasses.fields(Options)))
-    text = data.draw(st.one_of(st.integers().map(str), st.floats().map(repr), st.sampled_from(["true", "False"]), st.text()))
+    text = data.draw(
+        st.one_of(
+            st.integers().map(str),
+            st.floats().map(repr),
+            st.sampled_from(["true", "False"]),
+            st.text(),
+        )
+    )
     try:
         value = getattr(parse([f"--{field.name}={text}"], ""), field.name)
     except ValueError as error:

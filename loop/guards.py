@@ -27,10 +27,15 @@ class Stop:
     leave. A second Ctrl-C ends the process at once."""
 
     def __init__(self):
-        self.signalled, self.launcher = False, os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self.signalled, self.launcher = (
+            False,
+            os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None,
+        )
         self.ear, self.mouth = socket.socketpair()
         self.mouth.setblocking(False)
-        signal.set_wakeup_fd(self.mouth.fileno())  # a handler in Python waits until the main thread has left PyTorch
+        signal.set_wakeup_fd(
+            self.mouth.fileno()
+        )  # a handler in Python waits until the main thread has left PyTorch
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, lambda *_: None)
         threading.Thread(target=self.listen, daemon=True).start()
@@ -39,11 +44,18 @@ class Stop:
         while number := self.ear.recv(1):
             if self.signalled and number[0] == signal.SIGINT:
                 os._exit(128 + signal.SIGINT)
-            self.signalled = self.signalled or number[0] in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+            self.signalled = self.signalled or number[0] in (
+                signal.SIGTERM,
+                signal.SIGUSR1,
+                signal.SIGINT,
+            )
 
     @property
     def asked(self):
-        return self.signalled or self.launcher not in (None, os.getppid())  # a rank without its torchrun has a new parent
+        return self.signalled or self.launcher not in (
+            None,
+            os.getppid(),
+        )  # a rank without its torchrun has a new parent
 
 
 def hold(folder, patience=10):
@@ -56,7 +68,9 @@ def hold(folder, patience=10):
             return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() > deadline:
-                raise ValueError(f"{folder} belongs to a run that is still going on: stop it, or choose another --name") from None
+                raise ValueError(
+                    f"{folder} belongs to a run that is still going on: stop it, or choose another --name"
+                ) from None
             time.sleep(0.2)
         except OSError:
             return None  # some network file systems have no locks
@@ -70,12 +84,18 @@ def fail(error, options):
     """Say what went wrong, in one line if it is the user's to mend and as a traceback if not, and end this rank at once: a thread
     that waits for other ranks must not keep it alive. Of ranks that fail alike one speaks."""
     store = torchrun_store()
-    lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    lost = isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error)
+    )
     if lost:
         text = f"error: {describe_lost(store) if store else 'another rank died or hangs'} ({str(error).splitlines()[0]})"
     elif isinstance(error, torch.OutOfMemoryError):
         text = f"error: rank {os.environ.get('RANK', 0)}: {str(error).splitlines()[0]}\n{memory_advice(options)}"
-    elif isinstance(error, OSError) and options and any(Path("runs", options.name, "states").glob("step-*")):
+    elif (
+        isinstance(error, OSError)
+        and options
+        and any(Path("runs", options.name, "states").glob("step-*"))
+    ):
         text = f"error: {error} (mend it, then --name={options.name} --resume=true goes on)"
     elif isinstance(error, (ValueError, OSError, FloatingPointError)):
         text = f"error: {error}"
@@ -91,7 +111,9 @@ def fail(error, options):
 def first_to_say(text, store):
     """Whether no other rank has said this; and of the empty text, whether none has said anything."""
     if store is None:
-        return dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0"  # before they meet, ranks fail alike
+        return (
+            dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0"
+        )  # before they meet, ranks fail alike
     said = "said/" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     others = store.add(said, 1) - 1
     return store.add(f"{said}/{text}", 1) == 1 if text else others == 0
@@ -115,8 +137,14 @@ def meeting_point(seconds):
     if "RANK" not in os.environ:
         return {"rank": 0, "world_size": 1, "store": dist.HashStore()}
     if store := torchrun_store(seconds):
-        store = dist.PrefixStore("attempt/" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        return {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"]), "store": store}
+        store = dist.PrefixStore(
+            "attempt/" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store
+        )
+        return {
+            "rank": int(os.environ["RANK"]),
+            "world_size": int(os.environ["WORLD_SIZE"]),
+            "store": store,
+        }
     return {}
 
 
@@ -138,9 +166,13 @@ def keep_pulse():
         thread.join(ROLL_CALL)  # no longer, should the store hang
 
     if store := torchrun_store():
-        thread = threading.Thread(target=beat, args=(store, pulse_key(dist.get_rank())), daemon=True)
+        thread = threading.Thread(
+            target=beat, args=(store, pulse_key(dist.get_rank())), daemon=True
+        )
         thread.start()
-        atexit.register(end)  # or Python, as it ends, stops the thread inside PyTorch's C++, which aborts the process
+        atexit.register(
+            end
+        )  # or Python, as it ends, stops the thread inside PyTorch's C++, which aborts the process
 
 
 def describe_lost(store):
@@ -171,9 +203,16 @@ def memory_advice(options):
 
 def describe_bad_step(model, step, options):
     """Which batch and which parameters have the numbers that are not finite, for the one who looks for the cause."""
-    norms = {name: p.grad.norm().full_tensor().item() for name, p in model.named_parameters() if p.grad is not None}
-    worst = sorted(norms.items(), key=lambda item: -item[1] if math.isfinite(item[1]) else -math.inf)[:5]
+    norms = {
+        name: p.grad.norm().full_tensor().item()
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    }
+    worst = sorted(
+        norms.items(), key=lambda item: -item[1] if math.isfinite(item[1]) else -math.inf
+    )[:5]
     rows = f"rows {step * options.batch_size} to {(step + 1) * options.batch_size - 1} of {options.data}"
-    return f"{options.bad_steps} updates in a row were not finite; step {step}, {rows}; largest gradients: " + ", ".join(
-        f"{name} {norm:.3g}" for name, norm in worst
+    return (
+        f"{options.bad_steps} updates in a row were not finite; step {step}, {rows}; largest gradients: "
+        + ", ".join(f"{name} {norm:.3g}" for name, norm in worst)
     )

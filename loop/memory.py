@@ -13,8 +13,6 @@ import torch.distributed as dist
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
 
-from model import EXPERT_TOKENS, LOSS_ROWS
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Optimizer
 
@@ -61,13 +59,27 @@ class SplitAdamW(torch.optim.Optimizer):
 
     def __init__(self, params, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0):
         check_betas(*betas)
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        )
         for group in self.param_groups:
             for p in group["params"]:
-                m, v, rest = torch.zeros_like(p), torch.zeros_like(p), torch.zeros_like(p, dtype=torch.int16)
-                self.state[p] = {"step": torch.zeros(()), "exp_avg": m, "exp_avg_sq": v, "rest": rest}
+                m, v, rest = (
+                    torch.zeros_like(p),
+                    torch.zeros_like(p),
+                    torch.zeros_like(p, dtype=torch.int16),
+                )
+                self.state[p] = {
+                    "step": torch.zeros(()),
+                    "exp_avg": m,
+                    "exp_avg_sq": v,
+                    "rest": rest,
+                }
         # on a GPU one kernel, no temporaries; the block size that the compiler would guess is a fifth slower on some tensors
-        self.update = {"cpu": adamw, "cuda": torch.compile(adamw, options={"max_autotune_pointwise": True})}
+        self.update = {
+            "cpu": adamw,
+            "cuda": torch.compile(adamw, options={"max_autotune_pointwise": True}),
+        }
 
     @staticmethod
     def rows(t):
@@ -90,12 +102,20 @@ class SplitAdamW(torch.optim.Optimizer):
                 self.state[p]["step"] += 1
                 steps = self.state[p]["step"].item()
                 if (i, steps) not in numbers:
-                    values = [group["lr"], group["weight_decay"], 1 - beta1**steps, 1 - beta2**steps]
+                    values = [
+                        group["lr"],
+                        group["weight_decay"],
+                        1 - beta1**steps,
+                        1 - beta2**steps,
+                    ]
                     numbers[i, steps] = torch.tensor(values, device=p.device).unbind()
                 updates.append((p, numbers[i, steps], (beta1, beta2, group["eps"])))
         for p, on_device, constants in updates:
             state = self.state[p]
-            tensors = [self.rows(t) for t in (p, state["rest"], p.grad, state["exp_avg"], state["exp_avg_sq"])]
+            tensors = [
+                self.rows(t)
+                for t in (p, state["rest"], p.grad, state["exp_avg"], state["exp_avg_sq"])
+            ]
             self.update[p.device.type](*tensors, *on_device, *constants)
 
 
@@ -115,7 +135,10 @@ class ReduceScatter:
     deterministic algorithms unless torch.utils.deterministic.fill_uninitialized_memory is off."""
 
     def __init__(self, module, device):
-        self.module, self.stream = module, torch.cuda.current_stream() if device.type == "cuda" else None
+        self.module, self.stream = (
+            module,
+            torch.cuda.current_stream() if device.type == "cuda" else None,
+        )
 
     def makes_the_gradient(self):
         """Or something that is added to the gradient of earlier micro-batches, and soon freed."""
@@ -125,11 +148,15 @@ class ReduceScatter:
         with torch.cuda.stream(self.stream if self.makes_the_gradient() else None):
             x = torch.empty(size, dtype=dtype, device=device)
         if x.is_cuda:
-            x.record_stream(torch.cuda.current_stream())  # once freed it is not used again before FSDP's stream is done with it
+            x.record_stream(
+                torch.cuda.current_stream()
+            )  # once freed it is not used again before FSDP's stream is done with it
         return x
 
     def __call__(self, output_tensor, input_tensor, group, op, async_op=False):
-        reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # its name before PyTorch 2.13
+        reduce_scatter = (
+            getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        )  # its name before PyTorch 2.13
         return reduce_scatter(output_tensor, input_tensor, op, group, async_op)
 
 
@@ -137,7 +164,9 @@ class ReduceScatter:
 # Layer inputs in host memory
 
 
-PIECE = 4 * 2**20  # numbers copied at a time: PyTorch rounds a block of pinned memory up to a power of two, and this is one
+PIECE = (
+    4 * 2**20
+)  # numbers copied at a time: PyTorch rounds a block of pinned memory up to a power of two, and this is one
 
 
 class HostMemory(saved_tensors_hooks):
@@ -150,7 +179,11 @@ class HostMemory(saved_tensors_hooks):
     def __init__(self):
         super().__init__(self.pack, self.unpack)
         self.stream = copy_stream()
-        self.host, self.leaving, self.back = [], [], {}  # in host memory, in the forward's order; on their way there, and back
+        self.host, self.leaving, self.back = (
+            [],
+            [],
+            {},
+        )  # in host memory, in the forward's order; on their way there, and back
 
     def pack(self, x):
         if not x.is_cuda or x.dim() != 3 or not x.is_floating_point():
@@ -162,7 +195,9 @@ class HostMemory(saved_tensors_hooks):
             for there, here in zip(host, pieces):
                 there.copy_(here, non_blocking=True)
             self.leaving.append((pieces, self.stream.record_event()))
-        if len(self.leaving) > 1:  # the computation waits for the copy before this one, whose source then is free
+        if (
+            len(self.leaving) > 1
+        ):  # the computation waits for the copy before this one, whose source then is free
             _, copied = self.leaving.pop(0)
             torch.cuda.current_stream().wait_event(copied)
         self.host.append((host, x.shape))
@@ -197,69 +232,3 @@ class HostMemory(saved_tensors_hooks):
 def copy_stream():
     """One for the process: PyTorch has 32 to hand out, some of them to FSDP and NCCL."""
     return torch.cuda.Stream()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The arithmetic before a run
-
-BYTES = {"fp32": (4, 4, 8), "split": (2, 2, 6), "bf16": (2, 2, 4)}  # of a parameter: weight, gradient, optimizer
-
-
-def adds_in_bf16(ranks, optimizer):
-    """Whether the ranks' gradients are added in bf16, not fp32: of two numbers, kept in bf16, the sum is rounded once either
-    way, and half as much is sent."""
-    return ranks <= 2 and optimizer != "fp32"
-
-
-def estimate(
-    config, *, parameters, ranks, sp, replicas, seq_len, micro_batch, optimizer, recompute, offload, keep_blocks=0, micro_batches=1
-):
-    """Memory that one rank needs in training: {what for: bytes}, which add up to the peak. Counted by hand from model.py, for a
-    computation in bf16.
-
-    The backward frees what the forward kept, block by block, as it makes the gradients. The blocks that keep most are the last,
-    and freed first, so in a step's first micro-batch only the larger of the two counts; in later ones the gradients are
-    there already. Both count where gradients are added in fp32 and kept in bf16, because FSDP makes that copy in memory of its
-    own stream, as ReduceScatter explains: there the allocator needs more than it hands out."""
-    C, F, V, L = config.hidden_size, config.intermediate_size, config.vocab_size, config.num_hidden_layers
-    heads, kv = config.num_attention_heads * config.head_dim, max(config.num_key_value_heads, sp) * config.head_dim
-    tokens = micro_batch * seq_len // sp
-    block = (parameters - 2 * V * C - C) // L
-    weight, gradient, moments = (size * parameters * replicas // ranks for size in BYTES[optimizer])
-    # two blocks and the embeddings whole in bf16; a block's gradients whole in bf16, and once more as they are added up
-    gathered = 2 * (2 * block + 2 * V * C) + (2 + (2 if adds_in_bf16(ranks, optimizer) else 4)) * block
-    copied = optimizer != "fp32" and not adds_in_bf16(ranks, optimizer)  # gradients, to the dtype they are kept in
-    if replicas > 1 and (copied or micro_batches > 1):  # sums of all blocks, held until the replicas have added them
-        gathered += (2 if adds_in_bf16(ranks, optimizer) else 4) * parameters * replicas // ranks
-    k = config.experts_per_token
-    whole = L if recompute == "none" else min(keep_blocks, L)  # blocks of which everything is kept
-    # x before and after both norms; q, k, v; attention's out, a second one after FlexAttention's sinks or the all-to-all, so on
-    # half of the layers or on all; gates and ups
-    outs = 2 * heads if sp > 1 else 3 * heads // 2
-    kept = 2 * tokens * whole * (4 * C + (heads + 2 * kv) + outs + k * 2 * F)
-    kept += 2 * tokens * C * min(L - whole, 2 if offload else L)
-    if recompute == "attention":  # out, and its logsumexp in fp32, of the layers that see everything
-        kept += tokens * (2 * heads + 4 * config.num_attention_heads) * ((L - whole) // 2)
-    # the largest of attention's backward, a tile of experts and the loss, beside the residual stream and its gradient
-    attention = 2 * tokens * (4 * (heads + 2 * kv) + 3 * heads)
-    tiled = tokens > EXPERT_TOKENS  # then the weights' gradients are added up in fp32
-    experts = 2 * min(tokens, EXPERT_TOKENS) * k * (4 * C + 6 * F) + (4 * block if tiled else 0)
-    loss = LOSS_ROWS * V * 2 + V * C * (4 + 2) + 2 * tokens * C
-    both = micro_batches > 1 or copied
-    return {
-        "weights": weight,
-        "optimizer": moments,
-        "gradients, kept activations": gradient + kept if both else max(gradient, kept),
-        "gathered by FSDP": gathered,
-        "working set": max(attention, experts, loss) + 4 * 2 * tokens * C,
-    }
-
-
-def recomputed_flops(config, seq_len, recompute, keep_blocks):
-    """FLOPs that the backward spends on a token to make again what the forward did not keep, beside config.flops_per_token."""
-    layers = range(0 if recompute == "none" else max(config.num_hidden_layers - keep_blocks, 0))
-    matrices = config.block_matrices()
-    block = sum(matrices.values()) - matrices["down"]  # nothing in the backward reads what the experts' down matrices returned
-    heads = config.num_attention_heads * config.head_dim
-    again = [layer for layer in layers if recompute == "all" or config.window(layer) is not None]
-    return 2 * block * len(layers) + 4 * heads * sum(config.keys(layer, seq_len) for layer in again)

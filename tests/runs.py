@@ -17,7 +17,10 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
-NO_GPU = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # for processes that are started by hand
+NO_GPU = os.environ | {
+    "CUDA_VISIBLE_DEVICES": "",
+    "OMP_NUM_THREADS": "1",
+}  # for processes that are started by hand
 
 TINY = """
 vocab_size = 257
@@ -35,14 +38,23 @@ def write_corpus(folder, rows=300, seed=0, counted=0.75):
     """A corpus of bytes in which each document repeats a short word; of the tokens the share `counted` counts as a target."""
     random = np.random.default_rng(seed)
     documents = [
-        np.append(np.resize(random.integers(97, 123, random.integers(2, 6)), random.integers(5, 70)), 256) for _ in range(rows)
+        np.append(
+            np.resize(random.integers(97, 123, random.integers(2, 6)), random.integers(5, 70)), 256
+        )
+        for _ in range(rows)
     ]
     tokens, ends = np.concatenate(documents), np.cumsum([0, *map(len, documents)])
     folder.mkdir(parents=True)
     tokens.astype("<u4").tofile(folder / "tokens.bin")
     ends.astype("<u8").tofile(folder / "documents.bin")
     (random.random(len(tokens)) < counted).astype("u1").tofile(folder / "counted.bin")
-    meta = {"tokenizer": "bytes", "vocab_size": 257, "documents": rows, "tokens": len(tokens), "counted": 0}
+    meta = {
+        "tokenizer": "bytes",
+        "vocab_size": 257,
+        "documents": rows,
+        "tokens": len(tokens),
+        "counted": 0,
+    }
     (folder / "meta.json").write_text(json.dumps(meta))
     return folder
 
@@ -63,13 +75,26 @@ class Run:
         self.home, self.output = home, home / f"output-{os.urandom(4).hex()}"
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["train", "model", "pytest"])
-        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+        self.store = dist.TCPStore(
+            "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60)
+        )
         self.processes = []
         for rank in range(ranks):
-            variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-            variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self.store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
+            variables = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": ranks,
+                "LOCAL_WORLD_SIZE": ranks,
+            }
+            variables |= {
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": self.store.port,
+                "TORCHELASTIC_USE_AGENT_STORE": True,
+            }
             variables |= {"OMP_NUM_THREADS": 1, "CUDA_VISIBLE_DEVICES": ""}
-            task = context.Process(target=_rank, args=(home, self.output, variables, arguments, prepare), daemon=True)
+            task = context.Process(
+                target=_rank, args=(home, self.output, variables, arguments, prepare), daemon=True
+            )
             task.start()
             self.processes.append(task)
 
@@ -85,7 +110,9 @@ class Run:
         """Wait until the run has printed `text`."""
         deadline = time.monotonic() + timeout
         while text not in self.text():
-            assert time.monotonic() < deadline and any(p.is_alive() for p in self.processes), self.text()
+            assert time.monotonic() < deadline and any(p.is_alive() for p in self.processes), (
+                self.text()
+            )
             time.sleep(0.01)
         return self
 
