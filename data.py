@@ -1,4 +1,4 @@
-"""Text or chat -> token files, and the reader that turns them into rows to train on.
+"""Text or chat -> token files, and the reader that turns them into sequences to train on.
 
     python data.py one.txt two.txt --out data/books                   # .txt: one document a file
     python data.py corpus.jsonl --out data/corpus --seq_len=8192      # .jsonl: {"text": …} or {"messages": […]} a line
@@ -11,7 +11,7 @@ A corpus is a folder of flat little-endian arrays, which training maps instead o
     counted.bin    uint8   1 where the loss counts the token as a target
     meta.json              {"tokenizer", "vocab_size", "documents", "tokens", "counted"}
 
-`TokenData` packs whole documents into rows of seq_len tokens. "pydoc" and "pydoc-val" are corpora without a folder: the
+`TokenData` packs whole documents into sequences of seq_len tokens. "pydoc" and "pydoc-val" are corpora without a folder: the
 language reference that ships inside every Python, as bytes.
 
 The vocabulary is tiktoken's o200k_harmony; chats are rendered by https://github.com/openai/harmony.
@@ -213,7 +213,7 @@ def open_corpus(path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Rows to train on
+# Sequences to train on
 
 
 def pack(lengths, seq_len, generator):
@@ -223,23 +223,23 @@ def pack(lengths, seq_len, generator):
     length meet is for the generator to draw. A million pieces take about two seconds."""
     order = generator.permutation(len(lengths))
     order = order[np.argsort(-lengths[order], kind="stable")]
-    row_of, num_rows = np.empty(len(lengths), np.int64), 0
-    rooms, rows_with = [], defaultdict(list)  # the rooms left in rows, ascending; room -> its rows
+    sequence_of, num_sequences = np.empty(len(lengths), np.int64), 0
+    rooms, sequences_with = [], defaultdict(list)  # the rooms left in rows, ascending; room -> its rows
     for piece, length in zip(order.tolist(), lengths[order].tolist()):
         fullest = bisect.bisect_left(rooms, length)
         if fullest == len(rooms):
-            row, room, num_rows = num_rows, seq_len, num_rows + 1
+            sequence, room, num_sequences = num_sequences, seq_len, num_sequences + 1
         else:
             room = rooms[fullest]
-            row = rows_with[room].pop()
-            if not rows_with[room]:
+            sequence = sequences_with[room].pop()
+            if not sequences_with[room]:
                 del rooms[fullest]
-        row_of[piece] = row
+        sequence_of[piece] = sequence
         if room := room - length:
-            if not rows_with[room]:
+            if not sequences_with[room]:
                 bisect.insort(rooms, room)
-            rows_with[room].append(row)
-    return row_of, num_rows
+            sequences_with[room].append(sequence)
+    return sequence_of, num_sequences
 
 
 class TokenData:
@@ -249,7 +249,7 @@ class TokenData:
     n - 1 pairs of a token and the next. More than seq_len pairs are cut into rows and a rest ("cut": no pair is lost, only
     the context before a cut), or left out ("drop").
 
-    Public: rows_per_epoch; documents, tokens: of the whole corpus; counted: targets an epoch trains on; padding: share of an
+    Public: sequences_per_epoch; documents, tokens: of the whole corpus; counted: targets an epoch trains on; padding: share of an
     epoch's places that hold none; dropped: documents left out; tokenizer: its name; vocab_size."""
 
     def __init__(self, path, seq_len, *, seed=0, long_documents="cut", vocab_size=None):
@@ -293,33 +293,33 @@ class TokenData:
         before = np.repeat(np.cumsum(pieces) - pieces, pieces)  # pieces of earlier documents
         offsets = (np.arange(pieces.sum()) - before) * seq_len  # of each piece in its document
         lengths = np.minimum(np.repeat(pairs, pieces) - offsets, seq_len)
-        row_of, self.rows_per_epoch = pack(lengths, seq_len, np.random.default_rng(seed))
-        by_row = np.argsort(row_of, kind="stable")
-        self.piece_starts = (np.repeat(starts, pieces) + offsets)[by_row]
-        self.piece_lengths = lengths[by_row]
-        self.row_starts = np.searchsorted(
-            row_of[by_row], np.arange(self.rows_per_epoch + 1)
+        sequence_of, self.sequences_per_epoch = pack(lengths, seq_len, np.random.default_rng(seed))
+        by_sequence = np.argsort(sequence_of, kind="stable")
+        self.piece_starts = (np.repeat(starts, pieces) + offsets)[by_sequence]
+        self.piece_lengths = lengths[by_sequence]
+        self.sequence_starts = np.searchsorted(
+            sequence_of[by_sequence], np.arange(self.sequences_per_epoch + 1)
         )  # in the two above
-        self.padding = 1 - int(lengths.sum()) / (self.rows_per_epoch * seq_len)
+        self.padding = 1 - int(lengths.sum()) / (self.sequences_per_epoch * seq_len)
         self.epoch, self.epoch_order = None, None
 
     def describe(self):
         return (
             f"{self.path}: {self.documents:,} documents, {self.tokens:,} tokens ({self.tokenizer}), {self.counted:,} counted; "
-            f"{self.rows_per_epoch:,} rows of {self.seq_len:,}, {self.padding:.2%} padding, {self.dropped:,} documents dropped"
+            f"{self.sequences_per_epoch:,} sequences of {self.seq_len:,}, {self.padding:.2%} padding, {self.dropped:,} documents dropped"
         )
 
     def pieces(self, index):
         """Start in the stream and length of each piece in row `index` of the endless series."""
-        epoch, place = divmod(int(index), self.rows_per_epoch)
+        epoch, place = divmod(int(index), self.sequences_per_epoch)
         if epoch != self.epoch:
-            order = np.random.default_rng([self.seed, epoch]).permutation(self.rows_per_epoch)
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.sequences_per_epoch)
             self.epoch, self.epoch_order = epoch, order
-        row = self.epoch_order[place]
-        pieces = slice(self.row_starts[row], self.row_starts[row + 1])
+        sequence = self.epoch_order[place]
+        pieces = slice(self.sequence_starts[sequence], self.sequence_starts[sequence + 1])
         return self.piece_starts[pieces], self.piece_lengths[pieces]
 
-    def rows(self, indices):
+    def batch(self, indices):
         """Rows by their numbers (0, 1, …, any order) -> tokens, targets, documents, each (len(indices), seq_len) int64.
 
         targets[b, i] is the token after tokens[b, i], -100 where the loss does not count it and on padding, which comes last.
@@ -359,7 +359,7 @@ def main():
         help="default: %(default)s",
     )
     parser.add_argument(
-        "--seq_len", type=int, help="also say how the documents fill rows of this many tokens"
+        "--seq_len", type=int, help="also say how the documents fill sequences of this many tokens"
     )
     options = parser.parse_args()
     if options.seq_len is not None and options.seq_len < 2:

@@ -192,12 +192,12 @@ def all_sum(*numbers, device):
 def evaluate(options, model, data, device):
     """Mean loss over the first eval_rows rows of `data`, all ranks together. Does not depend on the number of ranks."""
     last, rows = (
-        min(options.eval_rows, data.rows_per_epoch),
+        min(options.eval_rows, data.sequences_per_epoch),
         dist.get_world_size() // options.sp * options.micro_batch,
     )
     loss = count = 0
     for mine in my_rows(options, 0, math.ceil(last / rows) * rows):
-        tokens, targets, documents = data.rows(mine)
+        tokens, targets, documents = data.batch(mine)
         targets[[i >= last for i in mine]] = IGNORED  # every rank runs as often as the others
         count += (targets != IGNORED).sum() / options.sp
         loss += model(
@@ -287,7 +287,7 @@ def train(options):
         # the gradient of the mean over all counted targets of the step, whichever rank and micro-batch they are in
         start = time.perf_counter()
         batches = [
-            data.rows(mine)
+            data.batch(mine)
             for mine in my_rows(options, step * options.batch_size, options.batch_size)
         ]
         counted = (

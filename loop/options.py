@@ -332,9 +332,9 @@ def check_files(options, config):
         "vocab_size": config.vocab_size,
     }
     data = TokenData(options.data, options.seq_len, **order)
-    if data.rows_per_epoch < options.batch_size:
+    if data.sequences_per_epoch < options.batch_size:
         raise ValueError(
-            f"data={options.data} fills {data.rows_per_epoch} rows of seq_len={options.seq_len}, which is less than a step's "
+            f"data={options.data} fills {data.sequences_per_epoch} sequences of seq_len={options.seq_len}, which is less than a step's "
             f"batch_size={options.batch_size}: use more data, or make one of the two smaller"
         )
     if options.checkpoint and data.vocab_size != config.vocab_size:

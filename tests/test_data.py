@@ -214,7 +214,7 @@ def test_command_line(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "3 documents, 12 tokens, 12 counted" in done.stdout
     assert (
-        "12 tokens (bytes), 9 counted; 2 rows of 5, 10.00% padding, 0 documents dropped"
+        "12 tokens (bytes), 9 counted; 2 sequences of 5, 10.00% padding, 0 documents dropped"
         in done.stdout
     )
     assert "100%" in done.stderr  # the bar
@@ -396,7 +396,7 @@ def test_chat_corpus_counts_the_assistant_alone(tmp_path, harmony, tokenizer):
     assert meta["documents"] == len(records) and 0 < meta["counted"] < meta["tokens"]
 
     rows = TokenData(str(tmp_path / "out"), 2000)
-    tokens, targets, documents = rows.rows(range(rows.rows_per_epoch))
+    tokens, targets, documents = rows.batch(range(rows.sequences_per_epoch))
     read = []
     for b in range(len(tokens)):
         for piece in range(int(documents[b].max()) + 1):
@@ -503,9 +503,9 @@ def test_every_pair_once(tmp_path_factory, lengths, seq_len, seed, long_document
             TokenData(folder, seq_len, seed=seed, long_documents=long_documents)
         return
     rows = TokenData(folder, seq_len, seed=seed, long_documents=long_documents)
-    tokens, targets, documents = rows.rows(range(rows.rows_per_epoch))
+    tokens, targets, documents = rows.batch(range(rows.sequences_per_epoch))
     found, padding = [], 0
-    for row in range(rows.rows_per_epoch):
+    for row in range(rows.sequences_per_epoch):
         steps = documents[row].diff()
         assert documents[row, 0] == 0 and ((steps == 0) | (steps == 1)).all()
         begins = rows.pieces(row)[1]
@@ -530,37 +530,37 @@ def test_every_pair_once(tmp_path_factory, lengths, seq_len, seed, long_document
 
 def test_a_long_document_is_cut_and_keeps_every_target(tmp_path):
     rows = TokenData(write_folder(tmp_path / "c", [11, 3], seed=50), 4)
-    tokens, targets, documents = rows.rows(range(3))
+    tokens, targets, documents = rows.batch(range(3))
     order = tokens[:, 0].argsort()
     assert tokens[order].tolist() == [[50, 51, 52, 53], [54, 55, 56, 57], [58, 59, 61, 62]]
     assert targets[order].tolist() == [[51, 52, 53, 54], [55, 56, 57, 58], [59, 60, 62, 63]]
     assert documents[order].tolist() == [[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 1, 1]]
     dropped = TokenData(write_folder(tmp_path / "c", [11, 3], seed=50), 4, long_documents="drop")
-    assert [t.tolist() for t in dropped.rows([0])] == [
+    assert [t.tolist() for t in dropped.batch([0])] == [
         [[61, 62, 0, 0]],
         [[62, 63, -100, -100]],
         [[0, 0, 0, 0]],
     ]
     assert dropped.describe().endswith(
-        "2 counted; 1 rows of 4, 50.00% padding, 1 documents dropped"
+        "2 counted; 1 sequences of 4, 50.00% padding, 1 documents dropped"
     )
 
 
 def test_rows_depend_on_their_number_alone():
     one, other = TokenData("pydoc", 64, seed=3), TokenData("pydoc", 64, seed=3)
-    n = one.rows_per_epoch
+    n = one.sequences_per_epoch
     numbers = [5, 0, 2 * n + 1, n - 1, n, 5, 10**7]
-    together = one.rows(numbers)
+    together = one.batch(numbers)
     for place, number in reversed(
         list(enumerate(numbers))
     ):  # another order, one at a time, over epochs
-        for whole, single in zip(together, other.rows([number])):
+        for whole, single in zip(together, other.batch([number])):
             assert torch.equal(whole[place], single[0])
-    epochs = [one.rows(range(e * n, (e + 1) * n))[0] for e in (0, 1)]
+    epochs = [one.batch(range(e * n, (e + 1) * n))[0] for e in (0, 1)]
     assert not torch.equal(*epochs)
     assert sorted(epochs[0].tolist()) == sorted(epochs[1].tolist())  # an epoch takes every row once
     other_seed = TokenData("pydoc", 64, seed=4)  # packs otherwise, not only in another order
-    assert sorted(other_seed.rows(range(other_seed.rows_per_epoch))[0].tolist()) != sorted(
+    assert sorted(other_seed.batch(range(other_seed.sequences_per_epoch))[0].tolist()) != sorted(
         epochs[0].tolist()
     )
 

@@ -49,7 +49,7 @@ def fresh_model(options):
 
 def whole_batch(home, options, data, rows):
     order = {"seed": options.seed, "long_documents": options.long_documents}
-    return TokenData(str(home / data), options.seq_len, **order).rows(rows)
+    return TokenData(str(home / data), options.seq_len, **order).batch(rows)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ def test_evaluation_does_not_depend_on_the_ranks(home, printed):
 
 
 def test_evaluation_takes_no_row_twice(home):
-    rows = TokenData(str(home / "held-out"), 32).rows_per_epoch
+    rows = TokenData(str(home / "held-out"), 32).sequences_per_epoch
     for eval_rows in (rows, 3 * rows):
         train(
             home,
