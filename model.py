@@ -30,7 +30,7 @@ from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 import fast
 import sp
 from fast import faster, fused
-from weights import copy_rows, hugging_face_fields, load_weights, save_weights, stored_dtype
+from weights import copy_rows, load_weights, read_config, save_weights, stored_dtype
 
 IGNORED = -100  # a target that the loss does not count
 
@@ -105,28 +105,8 @@ class GPTOSSConfig:
 
     @classmethod
     def from_json(cls, path):
-        """Read our config.json, OpenAI's original one or Hugging Face's. ValueError for a model this file does not implement."""
-        try:
-            given = json.loads(Path(path).read_text())
-        except (OSError, ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: not a readable config.json ({error})") from None
-        if not isinstance(given, dict):
-            raise ValueError(f"{path}: expected a JSON object, found {type(given).__name__}")
-        names = {field.name for field in fields(cls)}
-        if "model_type" in given:
-            given = hugging_face_fields(given, names, path)
-        missing = (
-            names - given.keys() - {"max_position_embeddings", "rms_norm_eps"}
-        )  # OpenAI's original leaves these two out
-        unknown = given.keys() - names
-        if missing or unknown:
-            raise ValueError(
-                f"{path}: missing fields {sorted(missing)}, unknown fields {sorted(unknown)}"
-            )
-        try:
-            return cls(**given)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        """Read a config.json of ours, OpenAI's or Hugging Face's, with weights.read_config's errors."""
+        return read_config(path, cls)
 
     def to_json(self, path):
         Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n")

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -35,6 +36,32 @@ def first_rank():
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Configuration
+
+
+def read_config(path, kind):
+    """The configuration, of the dataclass `kind`, that a config.json holds: ours, OpenAI's original or Hugging Face's.
+
+    ValueError for a file that is none of these, and for a model that model.py does not implement."""
+    try:
+        given = json.loads(Path(path).read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a readable config.json ({error})") from None
+    if not isinstance(given, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(given).__name__}")
+    names = {field.name for field in fields(kind)}
+    if "model_type" in given:
+        given = hugging_face_fields(given, names, path)
+    # OpenAI's original leaves the last two out
+    missing = names - given.keys() - {"max_position_embeddings", "rms_norm_eps"}
+    unknown = given.keys() - names
+    if missing or unknown:
+        raise ValueError(
+            f"{path}: missing fields {sorted(missing)}, unknown fields {sorted(unknown)}"
+        )
+    try:
+        return kind(**given)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def hugging_face_fields(given, names, path):
