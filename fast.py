@@ -1,11 +1,15 @@
-"""What makes model.py fast: every function here computes what a definition in model.py says, and is swapped in by `@faster`.
+"""The fast twins of model.py's definitions: each computes what its definition says, and runs in its
+place.
 
-Nothing here is needed to understand the model, and nothing here knows the model: delete this file's callers and the definitions
-remain. Each piece states what it gains: how much longer forward and backward of 8K or 32K tokens take without it, with six of the
-20b's layers on an H200 (`python bench/ablation.py`; docs/LOG.md, 2026-11-25). tests/test_fast.py compares each with its
-definition, outputs and gradients, in fp64 or fp32.
+Nothing here is needed to understand the model. `@faster(twin)` above a definition swaps the twin
+in; `with fast.plain():` swaps all of them out again. tests/test_fast.py compares every pair,
+outputs and gradients.
 
-Letters in shapes: see model.py. R = N k rows of tokens, one for each expert a token uses, sorted by expert.
+Each optimisation states its gain as the slowdown without it, for forward + backward at 8K and 32K
+tokens of six of the 20b's layers on an H200 (`python -m bench --ablation`; docs/LOG.md,
+2026-11-25). With all 24 layers the gains in the loss are about a third as large.
+
+Letters in shapes are model.py's, and R = N k: a row per token and chosen expert, sorted by expert.
 """
 
 import functools
@@ -18,39 +22,53 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 
-IGNORED = -100  # a target that the loss does not count
-LOSS_TOKENS = 2048  # rows of logits that exist at a time: 0.8 GiB of bf16 for the real vocabulary; with 1024, 8K takes 4 % longer
-EXPERT_TOKENS = (
-    32 * 1024
-)  # tokens that pass the experts at a time, in 7 GiB at the real size; with 8192, 32K takes 10 % longer
+IGNORED = -100  # a target that the loss does not count, as in model.py
+LOSS_TOKENS = 2048  # tokens whose logits exist at a time: 0.8 GiB in bf16 for the real vocabulary;
+# with 1024, 8K is 4 % slower
+EXPERT_TOKENS = 32 * 1024  # tokens per tile of the experts: 7 GiB of working memory for the 20b;
+# with 8192, 32K is 10 % slower
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The switch: a definition and its fast twin
+# --------------------------------------------------------------------------------------------------
+# The switch between definitions and fast twins
 
-_plain = False  # True: definitions run, kernels rest
-PAIRS = {}  # name: (definition, fast), for the tests and the ablation
+PAIRS = {}  # definition's name: (definition, twin)
+SWITCHES = set()  # everything that can be switched off: pairs, compiled leaves, cuDNN
+_off = frozenset()  # what is switched off now
 
 
 @contextmanager
-def plain():
-    """`with fast.plain():` everything by definition, differentiated by autograd: slow, memory-hungry, and the truth."""
-    global _plain
-    before, _plain = _plain, True
+def plain(*names):
+    """`with plain():` the model runs as defined, differentiated by autograd: slow, and the truth.
+
+    With names out of SWITCHES only those are switched off. ValueError for another name."""
+    global _off
+    if unknown := set(names) - SWITCHES:
+        raise ValueError(f"plain: {', '.join(sorted(unknown))}: not in {sorted(SWITCHES)}")
+    before, _off = _off, _off | (set(names) or SWITCHES)
     try:
         yield
     finally:
-        _plain = before
+        _off = before
 
 
-def faster(fast):
-    """@faster(f) above a definition: f runs in its place, unless inside `plain()`."""
+def faster(twin):
+    """Decorate a definition: `twin`, of the same signature, runs in its place. A twin that cannot
+    do a case returns `declined(...)`, and the definition runs."""
 
     def decorate(definition):
-        PAIRS[definition.__name__] = definition, fast
+        name = definition.__name__
+        PAIRS[name] = definition, twin
+        SWITCHES.add(name)
 
         @functools.wraps(definition)
-        def call(*args):
-            return (definition if _plain else PAIRS[definition.__name__][1])(*args)
+        def call(x, *args):
+            if name in _off:
+                return definition(x, *args)
+            if torch.is_autocast_enabled(x.device.type):
+                result = declined(name, "torch.autocast is on; model.bfloat16() needs no autocast")
+            else:
+                result = PAIRS[name][1](x, *args)
+            return definition(x, *args) if result is NotImplemented else result
 
         return call
 
@@ -59,51 +77,92 @@ def faster(fast):
 
 @functools.cache
 def say(message):
-    """Print a choice once, on the first rank."""
+    """Print a message once, on the first rank."""
     if os.environ.get("RANK", "0") == "0":
         print(message, flush=True)
 
 
-# One compiled function serves all lengths, but needs a variant for each kind of mask, dtype, one row or several, with gradients or
-# without: FlexAttention more than the 8 that PyTorch allows. The setting is the whole process's.
+def declined(name, reason):
+    """What a twin returns when its definition has to run instead; the reason is printed once."""
+    say(f"{name}: plain PyTorch, because {reason}")
+    return NotImplemented
+
+
+def differentiable_gradients(name, inputs, grad):
+    """The gradients of a definition's inputs, themselves differentiable: for create_graph=True,
+    which a written-out backward cannot serve. None for inputs that need no gradient."""
+    declined(name, "a second derivative is asked for")
+    wanted = [x for x in inputs if torch.is_tensor(x) and x.requires_grad]
+    out = PAIRS[name][0](*inputs)
+    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
+    return tuple(next(found) if torch.is_tensor(x) and x.requires_grad else None for x in inputs)
+
+
+# --------------------------------------------------------------------------------------------------
+# Compiled leaves
+
+# FlexAttention is specialised per mask, dtype, batch size and grad mode: more variants than the
+# default limit of 8. This setting is process-wide.
 torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
 
 
 def fused(function):
-    """Compile `function` for a GPU, where it becomes one kernel or two instead of one an operation; a CPU runs it as written.
+    """Compile `function` for a GPU into one or two kernels; on a CPU it runs as written.
 
-    Only leaves are compiled, never a block: what talks to other ranks stays in the order it is written in. fullgraph makes it
-    an error where the compiler would give up and FlexAttention would fall back to S x S scores in silence. Not compiled, 8K
-    takes 92 % longer, 32K 71 %, with 18 GiB more.
+    Only leaves are compiled, never a block, so communication keeps the order it is written in.
+    fullgraph turns a graph break into an error: FlexAttention would silently fall back to S x S
+    scores. Uncompiled, 8K is 92 % slower, 32K 71 %, with 18 GiB more.
 
-    comprehensive_padding is off because with it PyTorch 2.11 writes the sum that lse's gradient is made of in one layout and reads
-    it in another, padded one: dsinks, dq and dk are wrong if S, or with several rows H S, is over 1024 and no multiple of 32.
-    2.13 did not, where we looked (docs/LOG.md, 2026-11-25)."""
+    comprehensive_padding=False works around a PyTorch 2.11 bug: Inductor writes part of lse's
+    gradient unpadded and reads it back padded, so dq, dk and dsinks are wrong when S (or H S, with
+    several sequences) is over 1024 and not a multiple of 32. 2.13 did not show it
+    (docs/LOG.md, 2026-11-25)."""
     compiled = torch.compile(function, fullgraph=True, options={"comprehensive_padding": False})
+    name = function.__name__
+    SWITCHES.add(name)
 
     @functools.wraps(function)
     def call(x, *args, **kwargs):
-        return (compiled if x.is_cuda else function)(x, *args, **kwargs)
+        return (compiled if x.is_cuda and name not in _off else function)(x, *args, **kwargs)
 
     return call
 
 
 def add_matmul_(total, a, b):
-    """total += a @ b, with `total` in fp32 and a, b in whatever they are in."""
+    """total += a @ b, accumulated in total's fp32 whatever the dtype of a and b."""
     if total.is_cuda and a.dtype != total.dtype:
         return torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     return total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Attention
+# --------------------------------------------------------------------------------------------------
+# Attention: which kernel, FlexAttention's block mask, and cuDNN's kernel with sinks
+
+
+def choose_kernel(window, documents, device, dtype, head_dim):
+    """The attention kernel of the layers with this window: "cuDNN", "FlexAttention" or "dense".
+    Prints which, and why."""
+    layers = f"window {window} layers" if window else "full layers"
+    packed = " with packed documents" if documents is not None else ""
+    if "flex_sink_attention" in _off:
+        kernel, why = "dense", "the fast kernels are switched off"
+    elif device.type != "cuda" or head_dim < 16:
+        kernel, why = "dense", "fused kernels need a GPU and head_dim of at least 16"
+    elif window is not None or documents is not None:
+        kernel, why = "FlexAttention", "the mask is more than causal"
+    elif refusal := cudnn_refuses(device, dtype, head_dim):
+        kernel, why = "FlexAttention", f"cuDNN is not usable: {refusal}"
+    else:
+        kernel, why = "cuDNN", "fastest for a plain causal mask"
+    say(f"attention of {layers}{packed}: {kernel} ({why})")
+    return kernel
 
 
 def causal(b, h, q, k):
     return q >= k
 
 
-@functools.cache
+@functools.cache  # one function per window: FlexAttention recompiles for a new function object
 def sliding(window):
     return lambda b, h, q, k: (q >= k) & (q - k < window)
 
@@ -113,74 +172,68 @@ def within_documents(visible, documents):
 
 
 def block_mask(S, window, documents, device, block=128):
-    """The BlockMask of a causal layer over S tokens: which blocks of `block` x `block` scores to visit, and which of those
-    to visit without looking at single scores. Found from the blocks' corners, so nothing S x S ever exists.
+    """FlexAttention's BlockMask of a causal layer over S tokens: which blocks of `block` x `block`
+    scores to visit, and in which of those every score is visible. Found from the blocks' corners,
+    so nothing S x S ever exists; torch's create_block_mask would evaluate all S x S positions.
 
-    documents: (B, S) or None. They may be numbered in any way: a pair of blocks is skipped if their ranges of numbers do not
-    meet, a pair of blocks in one and the same document is visited whole, and in every other the scores are looked at."""
+    documents (B, S) or None, numbered in any way. A pair of blocks is skipped if their ranges of
+    numbers do not overlap, and fully visible if both lie in one document."""
     blocks = math.ceil(S / block)
-    q, k = torch.arange(blocks, device=device)[:, None], torch.arange(blocks, device=device)[None]
-    nearest, farthest = (
-        (q - k) * block - (block - 1),
-        (q - k) * block + (block - 1),
-    )  # distances in a pair of blocks
-    visited, whole = farthest >= 0, (nearest >= 0) & ((q + 1) * block <= S)
+    q = torch.arange(blocks, device=device)[:, None]
+    k = torch.arange(blocks, device=device)[None]
+    nearest = (q - k) * block - (block - 1)  # smallest and largest distance within a pair of blocks
+    farthest = (q - k) * block + (block - 1)
+    visited, full = farthest >= 0, (nearest >= 0) & ((q + 1) * block <= S)
     if window is not None:
-        visited, whole = visited & (nearest < window), whole & (farthest < window)
+        visited, full = visited & (nearest < window), full & (farthest < window)
     visible = causal if window is None else sliding(window)
     if documents is not None:
-        padded = F.pad(documents, (0, blocks * block - S), mode="replicate").unflatten(
-            1, (blocks, block)
-        )
+        padded = F.pad(documents, (0, blocks * block - S), mode="replicate")
+        padded = padded.unflatten(1, (blocks, block))
         low, high = padded.amin(-1), padded.amax(-1)  # (B, blocks)
         visited = visited & (low[:, :, None] <= high[:, None]) & (low[:, None] <= high[:, :, None])
-        whole = (
-            whole
-            & (low == high)[:, :, None]
-            & (low == high)[:, None]
-            & (low[:, :, None] == low[:, None])
-        )
+        uniform = low == high
+        full = full & uniform[:, :, None] & uniform[:, None] & (low[:, :, None] == low[:, None])
         visible = within_documents(visible, documents)
 
-    def listed(pairs):  # for each row of blocks, how many it has and their numbers, those first
-        pairs = pairs.expand(pairs.shape[0] if pairs.dim() == 3 else 1, blocks, blocks)[
-            :, None
-        ].int()  # (B, 1, q, k)
-        return pairs.sum(-1, dtype=torch.int32), pairs.argsort(
-            dim=-1, descending=True, stable=True
-        ).int()
+    def listed(pairs):  # per row of blocks: the count of set blocks, and indices with the set first
+        B = pairs.shape[0] if pairs.dim() == 3 else 1
+        pairs = pairs.expand(B, blocks, blocks)[:, None].int()  # (B, 1, q, k)
+        indices = pairs.argsort(dim=-1, descending=True, stable=True).int()
+        return pairs.sum(-1, dtype=torch.int32), indices
 
-    partial, whole = listed(visited & ~whole), listed(visited & whole)
-    return BlockMask.from_kv_blocks(
-        *partial, *whole, BLOCK_SIZE=block, mask_mod=visible, seq_lengths=(S, S)
-    )
+    lists = *listed(visited & ~full), *listed(visited & full)
+    return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=block, mask_mod=visible, seq_lengths=(S, S))
 
 
 @fused
 def fold_sinks(out, lse, sinks):
-    """As apply_sinks, with the logsumexp that includes the sink."""
+    """As model.apply_sinks, with the logsumexp that includes the sink as a second result."""
     with_sink = torch.logaddexp(lse, sinks.float()[:, None])  # (B, H, S)
     return (out.float() * (lse - with_sink).exp()[..., None]).to(out.dtype), with_sink
 
 
 @fused
 def sink_gradient(grad, out, lse, sinks):
-    """dsinks (H): a sink's weight is exp(sink - lse) and its value zero, so its score's gradient is -weight * (grad . out)."""
+    """dsinks (H). The sink's weight is exp(sink - lse) and its value is zero, so the gradient of
+    its score is -weight * (grad . out)."""
     delta = (grad.float() * out.float()).sum(-1)  # (B, H, S)
     return -((sinks.float()[:, None] - lse).exp() * delta).sum((0, 2)).to(sinks.dtype)
 
 
 class CudnnSinkAttention(torch.autograd.Function):
-    """cuDNN's causal attention, which knows no sinks, with sinks. Shapes as in dense_attention, S = T.
+    """Sink attention built on cuDNN's causal kernel, which does not support sinks. Shapes as in
+    model.dense_attention, S = T.
 
-    cuDNN's backward computes p = exp(score - lse) and the score's gradient p (grad . v - grad . out). With a sink both formulas
-    hold as they stand, if lse and out are those that include it: dq, dk and dv come out exact with the kernel untouched, and
-    the sink's own gradient is sink_gradient's. On an H200 at 32K tokens it runs at 491 TFLOP/s forward and 426 backward, where
-    FlexAttention reaches 401 and 309 (bench.py). With FlexAttention instead, 8K takes 7 % longer, 32K 10 %."""
+    cuDNN's backward computes p = exp(score - lse) and the gradient of the score,
+    p (grad . v - grad . out). Both formulas hold with a sink if lse and out are those that include
+    it: dq, dk and dv come out exact with the kernel untouched, and sink_gradient gives dsinks. At
+    32K tokens on an H200 it runs at 491 TFLOP/s forward and 426 backward, FlexAttention at 401 and
+    309 (`python -m bench`). With FlexAttention instead, 8K is 7 % slower, 32K 10 %."""
 
     @staticmethod
     def forward(ctx, q, k, v, sinks):
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # it wants (B, heads, S, D)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # the kernel wants (B, heads, S, D)
 
         def attend():
             out, lse, *rest = torch.ops.aten._scaled_dot_product_cudnn_attention(
@@ -189,38 +242,36 @@ class CudnnSinkAttention(torch.autograd.Function):
             out, with_sink = fold_sinks(out, lse.view(out.shape[:3]), sinks)
             return out, with_sink.view(lse.shape), *rest
 
-        # what attend() returns; when a recomputed block runs again, what it returned then: see Recompute, below
+        # run attend() once; on recomputation reuse its stored result
         out, lse, ctx.cum_q, ctx.cum_k, ctx.max_q, ctx.max_k, seed, offset, _ = once(attend)
         ctx.save_for_backward(q, k, v, sinks, out, lse, seed, offset)
         return out.transpose(1, 2)
 
     @staticmethod
     def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "cuDNN's attention has no second derivative: "
+                "run forward and backward inside `with fast.plain():`"
+            )
         q, k, v, sinks, out, lse, seed, offset = ctx.saved_tensors
         grad = grad.transpose(1, 2)
+        lengths = ctx.cum_q, ctx.cum_k, ctx.max_q, ctx.max_k
         dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            grad,
-            q,
-            k,
-            v,
-            out,
-            lse,
-            seed,
-            offset,
-            None,
-            ctx.cum_q,
-            ctx.cum_k,
-            ctx.max_q,
-            ctx.max_k,
-            0.0,
-            True,
+            grad, q, k, v, out, lse, seed, offset, None, *lengths, 0.0, True
         )
         dsinks = sink_gradient(grad, out, lse.view(out.shape[:3]), sinks)
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), dsinks
 
 
+cudnn_sink_attention = CudnnSinkAttention.apply
+SWITCHES.add("cudnn_sink_attention")
+
+
 def cudnn_refuses(device, dtype, head_dim):
     """Why cuDNN's attention cannot be used here, or None."""
+    if "cudnn_sink_attention" in _off:
+        return "it is switched off"
     if torch.are_deterministic_algorithms_enabled():
         return "its backward is not deterministic"
     if dtype not in (torch.bfloat16, torch.float16):
@@ -230,177 +281,27 @@ def cudnn_refuses(device, dtype, head_dim):
 
 @functools.cache
 def _cudnn_fails(device, dtype, head_dim):
-    try:  # a small run is the only sure test of device, driver, version and head dim
-        q, k, v = (
-            torch.randn(1, 128, 1, head_dim, device=device, dtype=dtype, requires_grad=True)
-            for _ in "qkv"
-        )
+    """The error of a small trial run, or None: the only sure test of GPU, driver and version."""
+    try:
+        options = {"device": device, "dtype": dtype, "requires_grad": True}
+        q, k, v = (torch.randn(1, 128, 1, head_dim, **options) for _ in "qkv")
         with torch.enable_grad():
-            CudnnSinkAttention.apply(
-                q, k, v, torch.zeros(1, device=device, dtype=dtype)
-            ).sum().backward()
+            sinks = torch.zeros(1, device=device, dtype=dtype)
+            CudnnSinkAttention.apply(q, k, v, sinks).sum().backward()
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, AttributeError) as error:
         return f"it fails here: {str(error).splitlines()[0]}"
 
 
-def no_fused_attention(device, head_dim):
-    """Why FlexAttention and cuDNN cannot be used, or None."""
-    if _plain:
-        return "kernels are off"
-    if device.type != "cuda" or head_dim < 16:
-        return "the fused kernels want a GPU and heads of at least 16 dimensions"
-
-
-def no_cudnn(window, documents, device, dtype, head_dim):
-    """Why cuDNN cannot be used, or None."""
-    if window is not None or documents is not None:
-        return "the mask is more than causal"
-    return cudnn_refuses(device, dtype, head_dim)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Experts
-
-
-@fused
-def swiglu(h, bias, expert, limit):
-    """model.swiglu of h + the bias of each row's expert."""
-    gate, up = (h.float() + bias.float()[expert]).chunk(2, dim=-1)
-    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    return ((up + 1) * gate * torch.sigmoid(1.702 * gate)).to(h.dtype)
-
-
-@fused
-def swiglu_backward_(h, bias, expert, limit, da, weight, dgate, dup):
-    """With a = swiglu(h) and the gradient `weight * da` of a: fill dgate and dup (R, F), the halves of h's gradient, and return
-    weight * a (R, F) and da . a (R). Halves, because the compiler makes one kernel of this, and two of one with a torch.cat."""
-    gate, up = (h.float() + bias.float()[expert]).chunk(2, dim=-1)
-    gate_open, up_open = gate <= limit, up.abs() <= limit  # a clamped value has no gradient
-    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    sigmoid = torch.sigmoid(1.702 * gate)
-    da, weight = da.float(), weight[:, None]
-    a = (up + 1) * gate * sigmoid
-    dgate.copy_(weight * da * (up + 1) * sigmoid * (1 + 1.702 * gate * (1 - sigmoid)) * gate_open)
-    dup.copy_(weight * da * gate * sigmoid * up_open)
-    return (weight * a).to(h.dtype), (da * a).sum(-1)
-
-
-@fused
-def combine(y, where, weights, bias, experts):
-    """Rows y (R, C) -> (N, C): each token's k rows, found by `where` (N, k), plus their experts' bias, weighted, summed."""
-    picked = y[where].float() + bias.float()[experts]  # (N, k, C), inside the kernel only
-    return (picked * weights[..., None]).sum(1).to(y.dtype)  # the bias is weighted too
-
-
-@fused
-def gather_sum(rows, where):
-    """(R, C), where (N, k) -> (N, C): the sum of each token's k rows. Not a scatter, whose atomic adds are slow and unordered."""
-    return rows[where].float().sum(1).to(rows.dtype)
-
-
-def sort_by_expert(experts, num_experts):
-    """experts (N, k), the choices of N tokens -> the R = N k choices sorted by expert: their numbers in experts.flatten(),
-    their experts, the end of each expert's share (E); and for each choice its place among the sorted, (N, k)."""
-    expert, order = (
-        experts.flatten().short().sort(stable=True)
-    )  # 16 bits are enough, and a GPU sorts 8 of them a pass
-    expert = expert.long()
-    ends = torch.searchsorted(
-        expert, torch.arange(num_experts, device=expert.device), right=True, out_int32=True
-    )
-    where = torch.empty_like(order).scatter_(
-        0, order, torch.arange(len(order), device=order.device)
-    )
-    return order, expert, ends, where.view_as(experts)
-
-
-def tiles(*tensors):
-    return zip(*(x.split(EXPERT_TOKENS) for x in tensors))
-
-
-class ExpertsFunction(torch.autograd.Function):
-    """x (N, C), experts (N, k), weights (N, k) fp32 -> (N, C): each token's experts, weighted and summed. No token is dropped.
-    w1, b1 are the experts' gate_up parameters, w2, b2 their down ones.
-
-    The backward is written out because it can do what autograd cannot. It goes through the tokens in tiles, so its working
-    memory does not grow with the sequence. In a checkpointed block it makes from x what it needs, and the second run computes
-    nothing. And the routing weights' gradient g . y needs no expert's output y = a W2 + b2, because
-    g . y = (g W2^T) . a + g . b2. By autograd 8K takes 21 % longer, 32K 14 %, with 15 GiB more; with a second run
-    like the first they take 11 % and 8 % longer."""
-
-    @staticmethod
-    def forward(ctx, x, experts, weights, w1, b1, w2, b2, limit, keep_hidden):
-        ctx.limit, k = limit, experts.shape[1]
-        hidden, out = [], torch.empty_like(x)
-        if not (
-            Recompute.current and Recompute.current.replaying
-        ):  # the experts end a block: a second run's is not read
-            for tile, choice, weight, result in tiles(x, experts, weights, out):
-                order, expert, ends, where = sort_by_expert(choice, len(w1))
-                h = F.grouped_mm(tile[order // k], w1, offs=ends)  # (R, C) x (E, C, 2F) -> (R, 2F)
-                y = F.grouped_mm(
-                    swiglu(h, b1, expert, limit), w2, offs=ends
-                )  # (R, F) x (E, F, C) -> (R, C)
-                result.copy_(combine(y, where, weight, b2, choice))
-                if keep_hidden:
-                    hidden.append(h)
-        ctx.save_for_backward(x, experts, weights, w1, b1, w2, b2, *hidden)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, experts, weights, w1, b1, w2, b2, *hidden = ctx.saved_tensors
-        k, dx, dweights, totals = (
-            experts.shape[1],
-            torch.empty_like(x),
-            torch.empty_like(weights),
-            None,
-        )
-        for tile, choice, weight, g, dtile, dweight in tiles(
-            x, experts, weights, grad, dx, dweights
-        ):
-            order, expert, ends, where = sort_by_expert(choice, len(w1))
-            rows, g_rows = tile[order // k], g[order // k]  # (R, C)
-            h = hidden.pop(0) if hidden else F.grouped_mm(rows, w1, offs=ends)  # (R, 2F)
-            da = F.grouped_mm(g_rows, w2.transpose(1, 2), offs=ends)  # (R, F)
-            dh = torch.empty_like(h)
-            halves = dh.chunk(2, dim=-1)
-            weighted_a, da_a = swiglu_backward_(
-                h, b1, expert, ctx.limit, da, weight.flatten()[order], *halves
-            )
-            dtile.copy_(gather_sum(F.grouped_mm(dh, w1.transpose(1, 2), offs=ends), where))
-            dweight.copy_(da_a[where] + (g @ b2.t()).gather(1, choice))
-            of_expert = F.one_hot(expert, len(w1)).to(
-                dh.dtype
-            )  # (R, E): bias gradients as matmuls, not atomic adds
-            routing = g.new_zeros(len(g), len(w1)).scatter_(
-                1, choice, weight.to(g.dtype)
-            )  # (N, E), the weights
-            parts = (
-                F.grouped_mm(rows.t(), dh, offs=ends),  # (C, R) x (R, 2F) -> (E, C, 2F)
-                of_expert.t() @ dh,  # (E, 2F)
-                F.grouped_mm(weighted_a.t(), g_rows, offs=ends),  # (F, R) x (R, C) -> (E, F, C)
-                routing.t() @ g,  # (E, C)
-            )
-            totals = (
-                parts if totals is None else [t.float().add_(p) for t, p in zip(totals, parts)]
-            )  # in fp32 if tiled
-        dw1, db1, dw2, db2 = (total.to(w1.dtype) for total in totals)
-        return dx, None, dweights, dw1, db1, dw2, db2, None, None
-
-
-def experts(x, chosen, weights, w1, b1, w2, b2, limit):
-    keep_hidden = torch.is_grad_enabled() and not Recompute.current
-    return ExpertsFunction.apply(x, chosen, weights, w1, b1, w2, b2, limit, keep_hidden)
+# --------------------------------------------------------------------------------------------------
+# Router
 
 
 class RouterLogits(torch.autograd.Function):
-    """x (N, C), weight (E, C), bias (E) -> (N, E) in fp32: rounded to bf16 they would tie, and tokens go to other experts.
-
-    No fp32 copy of x is made, which autograd would keep: a ninth of what a block keeps when nothing is recomputed. With it
-    32K takes 2 GiB more, and no time that could be told from noise."""
+    """Twin of model.router_logits that makes no fp32 copy of x for autograd to keep: a ninth of
+    what a block keeps when nothing is recomputed. With that copy 32K takes 2 GiB more, and no time
+    that could be told from noise."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -411,19 +312,165 @@ class RouterLogits(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         g = grad.to(x.dtype)
-        return g @ weight, g.t() @ x, grad.sum(0).to(weight.dtype)
+        dx = g @ weight if ctx.needs_input_grad[0] else None
+        dweight = g.t() @ x if ctx.needs_input_grad[1] else None
+        dbias = grad.sum(0).to(weight.dtype) if ctx.needs_input_grad[2] else None
+        return dx, dweight, dbias
 
 
-router_logits = RouterLogits.apply
+def router_logits(x, weight, bias):
+    return RouterLogits.apply(x, weight, bias)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Loss. The logits of 64K tokens would take 25 GiB, so they exist a few rows at a time.
+# --------------------------------------------------------------------------------------------------
+# Experts
+
+
+@fused
+def biased_swiglu(h, bias, expert, limit):
+    """model.swiglu of h (R, 2F) plus the bias of each row's expert (R) -> (R, F)."""
+    gate, up = (h.float() + bias.float()[expert]).chunk(2, dim=-1)
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return ((up + 1) * gate * torch.sigmoid(1.702 * gate)).to(h.dtype)
+
+
+@fused
+def biased_swiglu_backward_(h, bias, expert, limit, da, weight, dgate, dup):
+    """For a = biased_swiglu(h) with gradient `weight * da`: fill dgate and dup (R, F), the halves
+    of h's gradient, and return weight * a (R, F) and da . a (R). The compiler makes one kernel of
+    two halves, and two kernels of a torch.cat."""
+    gate, up = (h.float() + bias.float()[expert]).chunk(2, dim=-1)
+    gate_open, up_open = gate <= limit, up.abs() <= limit  # a clamped value has no gradient
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    sigmoid = torch.sigmoid(1.702 * gate)
+    da, weight = da.float(), weight[:, None]
+    a = (up + 1) * gate * sigmoid
+    slope = sigmoid * (1 + 1.702 * gate * (1 - sigmoid))  # of gate * sigmoid(1.702 gate)
+    dgate.copy_(weight * da * (up + 1) * slope * gate_open)
+    dup.copy_(weight * da * gate * sigmoid * up_open)
+    return (weight * a).to(h.dtype), (da * a).sum(-1)
+
+
+@fused
+def combine(y, where, gates, bias, chosen):
+    """Rows y (R, C) -> (N, C): each token's k rows, found by `where` (N, k), plus their experts'
+    bias, weighted by the gates and summed."""
+    picked = y[where].float() + bias.float()[chosen]  # (N, k, C), inside the kernel only
+    return (picked * gates[..., None]).sum(1).to(y.dtype)
+
+
+@fused
+def gather_sum(rows, where):
+    """(R, C), where (N, k) -> (N, C): the sum of each token's k rows. A scatter would need atomic
+    adds, which are slow and unordered."""
+    return rows[where].float().sum(1).to(rows.dtype)
+
+
+def sort_by_expert(chosen, num_experts):
+    """Sort the R = N k choices (N, k) by expert. Returns order (R), the choice each row comes from;
+    expert (R), each row's expert; ends (E), where each expert's rows end; and where (N, k), each
+    choice's row."""
+    expert, order = chosen.flatten().short().sort(stable=True)  # a GPU sorts 8 bits per pass
+    expert = expert.long()
+    numbers = torch.arange(num_experts, device=expert.device)
+    ends = torch.searchsorted(expert, numbers, right=True, out_int32=True)
+    rows = torch.arange(len(order), device=order.device)
+    where = torch.empty_like(order).scatter_(0, order, rows)
+    return order, expert, ends, where.view_as(chosen)
+
+
+def tiles(*tensors):
+    return zip(*(x.split(EXPERT_TOKENS) for x in tensors))
+
+
+class ExpertsFunction(torch.autograd.Function):
+    """Twin of model.experts: tokens sorted by expert, one grouped matmul per matrix.
+
+    The backward is written out because it can do what autograd cannot. It goes through the tokens
+    in tiles, so its working memory does not grow with the sequence. In a recomputed block it
+    starts from x, so the replayed forward skips the experts. The gates' gradient g . y needs no
+    expert's output y = a W2 + b2, because g . y = (g W2^T) . a + g . b2. Nothing is computed for
+    weights that need no gradient. With autograd 8K is 21 % slower, 32K 14 %, with 15 GiB more; with
+    a full replay they are 11 % and 8 % slower."""
+
+    @staticmethod
+    def forward(ctx, x, chosen, gates, w1, b1, w2, b2, limit, keep_hidden):
+        ctx.limit, k = limit, chosen.shape[1]
+        hidden, out = [], torch.empty_like(x)
+        if not replaying():  # experts come last in a block: on replay their output is unused
+            for tile, choice, gate, result in tiles(x, chosen, gates, out):
+                order, expert, ends, where = sort_by_expert(choice, len(w1))
+                h = F.grouped_mm(tile[order // k], w1, offs=ends)  # (R, C) x (E, C, 2F) -> (R, 2F)
+                a = biased_swiglu(h, b1, expert, limit)  # (R, F)
+                y = F.grouped_mm(a, w2, offs=ends)  # (R, F) x (E, F, C) -> (R, C)
+                result.copy_(combine(y, where, gate, b2, choice))
+                if keep_hidden:
+                    hidden.append(h)
+        ctx.save_for_backward(x, chosen, gates, w1, b1, w2, b2, *hidden)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, chosen, gates, w1, b1, w2, b2, *hidden = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True
+            inputs = x, chosen, gates, w1, b1, w2, b2, ctx.limit
+            return *differentiable_gradients("experts", inputs, grad), None
+        needs_x, _, needs_gates, needs_w1, needs_b1, needs_w2, needs_b2, *_ = ctx.needs_input_grad
+        k = chosen.shape[1]
+        dx = torch.empty_like(x) if needs_x else None
+        dgates = torch.empty_like(gates) if needs_gates else None
+        totals = {}  # the gradients of the weights, in fp32 if there are several tiles
+
+        def add(name, part):
+            totals[name] = totals[name].float().add_(part) if name in totals else part
+
+        for number, (tile, choice, gate, g) in enumerate(tiles(x, chosen, gates, grad)):
+            tokens = slice(number * EXPERT_TOKENS, number * EXPERT_TOKENS + len(tile))
+            order, expert, ends, where = sort_by_expert(choice, len(w1))
+            rows, g_rows = tile[order // k], g[order // k]  # (R, C)
+            h = hidden.pop(0) if hidden else F.grouped_mm(rows, w1, offs=ends)  # (R, 2F)
+            da = F.grouped_mm(g_rows, w2.transpose(1, 2), offs=ends)  # (R, F)
+            dh = torch.empty_like(h)
+            weighted_a, da_a = biased_swiglu_backward_(
+                h, b1, expert, ctx.limit, da, gate.flatten()[order], *dh.chunk(2, dim=-1)
+            )
+            if needs_x:
+                dx[tokens] = gather_sum(F.grouped_mm(dh, w1.transpose(1, 2), offs=ends), where)
+            if needs_gates:
+                dgates[tokens] = da_a[where] + (g @ b2.t()).gather(1, choice)
+            if needs_w1:
+                add("w1", F.grouped_mm(rows.t(), dh, offs=ends))  # (C, R) x (R, 2F) -> (E, C, 2F)
+            if needs_b1:  # bias gradients as matmuls: indexing has a backward of atomic adds
+                add("b1", F.one_hot(expert, len(w1)).to(dh.dtype).t() @ dh)  # (E, R) x (R, 2F)
+            if needs_w2:
+                add("w2", F.grouped_mm(weighted_a.t(), g_rows, offs=ends))  # -> (E, F, C)
+            if needs_b2:
+                routing = g.new_zeros(len(g), len(w1)).scatter_(1, choice, gate.to(g.dtype))
+                add("b2", routing.t() @ g)  # (E, N) x (N, C)
+        weights = (
+            totals[n].to(w1.dtype) if n in totals else None for n in ("w1", "b1", "w2", "b2")
+        )
+        return dx, None, dgates, *weights, None, None
+
+
+def experts(x, chosen, gates, w1, b1, w2, b2, limit):
+    if not all(size * x.element_size() % 16 == 0 for size in w2.shape[1:]):  # F and C
+        return declined(
+            "experts",
+            f"grouped matmuls need rows of a multiple of 16 bytes, and hidden_size={w2.shape[2]}, "
+            f"intermediate_size={w2.shape[1]} in {x.dtype} have others",
+        )
+    keep_hidden = torch.is_grad_enabled() and not Recompute.current
+    return ExpertsFunction.apply(x, chosen, gates, w1, b1, w2, b2, limit, keep_hidden)
+
+
+# --------------------------------------------------------------------------------------------------
+# Loss. The logits of 64K tokens would take 25 GiB, so they exist for LOSS_TOKENS tokens at a time.
 
 
 @fused
 def pick_logprobs(logits, targets):
-    """(N, V), (N) -> log softmax at the target (N) fp32, 0 where it is not counted, and the logsumexp (N) fp32."""
+    """logits (N, V), targets (N) -> log p(target) (N), 0 where ignored, and logsumexp (N), fp32."""
     lse = logits.float().logsumexp(-1)
     picked = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0].float() - lse
     return torch.where(targets == IGNORED, 0, picked), lse
@@ -431,126 +478,131 @@ def pick_logprobs(logits, targets):
 
 @fused
 def logits_gradient_(logits, targets, lse, scale):
-    """Overwrite logits (N, V) by the gradient of sum(scale * logprobs): scale (N) times onehot - softmax."""
+    """Overwrite logits (N, V) with the gradient of sum(scale * logprobs), scale (N):
+    scale * (onehot - softmax)."""
     onehot = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
     scale = torch.where(targets == IGNORED, 0, scale)[:, None]
     logits.copy_((onehot.float() - (logits.float() - lse[:, None]).exp()) * scale)
 
 
-def loss_gradient(x, weight, targets, scale):
-    """logprobs (N) of x (N, C) under the unembedding `weight` (V, C), and the gradients of sum(scale * logprobs) in x, weight."""
+def loss_gradient(x, weight, targets, scale, needs_weight):
+    """logprobs (N) of x (N, C) under the unembedding `weight` (V, C), and the gradients of
+    sum(scale * logprobs) in x and weight; None for the latter unless needs_weight."""
     logprobs, dx = torch.empty_like(scale), torch.empty_like(x)
-    dweight = torch.zeros_like(weight, dtype=torch.float32)  # every few rows add to it: in fp32
-    for rows, target, s, logp, drows in zip(
-        *(t.split(LOSS_TOKENS) for t in (x, targets, scale, logprobs, dx))
-    ):
-        logits = rows @ weight.t()  # (LOSS_TOKENS, V)
+    dweight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+    chunks = (t.split(LOSS_TOKENS) for t in (x, targets, scale, logprobs, dx))
+    for hidden, target, s, logp, dhidden in zip(*chunks):
+        logits = hidden @ weight.t()  # (LOSS_TOKENS, V)
         picked, lse = pick_logprobs(logits, target)
         logp.copy_(picked)
         logits_gradient_(logits, target, lse, s)
-        torch.mm(logits, weight, out=drows)
-        add_matmul_(dweight, logits.t(), rows)
-    return logprobs, dx, dweight.to(weight.dtype)
+        torch.mm(logits, weight, out=dhidden)
+        if needs_weight:
+            add_matmul_(dweight, logits.t(), hidden)  # summed over the chunks in fp32
+    return logprobs, dx, dweight.to(weight.dtype) if needs_weight else None
 
 
 class LogProbs(torch.autograd.Function):
-    """x (N, C), weight (V, C), targets (N) -> (N) fp32, 0 where not counted. The backward makes the logits again."""
+    """Twin of model.logprobs. The backward recomputes the logits."""
 
     @staticmethod
     def forward(ctx, x, weight, targets):
         ctx.save_for_backward(x, weight, targets)
-        return torch.cat(
-            [
-                pick_logprobs(r @ weight.t(), t)[0]
-                for r, t in zip(x.split(LOSS_TOKENS), targets.split(LOSS_TOKENS))
-            ]
-        )
+        chunks = zip(x.split(LOSS_TOKENS), targets.split(LOSS_TOKENS))
+        return torch.cat([pick_logprobs(hidden @ weight.t(), t)[0] for hidden, t in chunks])
 
     @staticmethod
     def backward(ctx, grad):
-        _, dx, dweight = loss_gradient(*ctx.saved_tensors, grad.contiguous())
+        if torch.is_grad_enabled():  # create_graph=True
+            return differentiable_gradients("logprobs", ctx.saved_tensors, grad)
+        needs_weight = ctx.needs_input_grad[1]
+        _, dx, dweight = loss_gradient(*ctx.saved_tensors, grad.contiguous(), needs_weight)
         return dx, dweight, None
 
 
-class CrossEntropy(torch.autograd.Function):
-    """-sum(LogProbs) / count, for training. What will be done with the logprobs is known, so the gradient is made while the
-    logits exist: three matmuls instead of four. With four, 8K takes 11 % longer, 32K 7 %."""
+class MeanLoss(torch.autograd.Function):
+    """Twin of model.mean_loss, for training. The gradient is computed in the forward, while the
+    logits exist: three matmuls instead of four. With four, 8K is 11 % slower, 32K 7 %."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, count):
-        logprobs, dx, dweight = loss_gradient(
-            x, weight, targets, (-1 / count).expand(len(x)).contiguous()
-        )
-        ctx.save_for_backward(dx, dweight)
+        scale = (-1 / count).expand(len(x)).contiguous()
+        needs_weight = ctx.needs_input_grad[1]
+        logprobs, dx, dweight = loss_gradient(x, weight, targets, scale, needs_weight)
+        ctx.save_for_backward(x, weight, targets, count, dx, dweight)
         return -logprobs.sum() / count
 
     @staticmethod
     def backward(ctx, grad):
-        if torch.is_grad_enabled():  # create_graph: dx and dweight would pass for constants
-            raise RuntimeError(
-                "the loss has no second derivative: its backward is written out, for one pass"
-            )
-        dx, dweight = ctx.saved_tensors
-        return dx * grad, dweight * grad, None, None
+        x, weight, targets, count, dx, dweight = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True: dx and dweight would pass for constants
+            return differentiable_gradients("mean_loss", (x, weight, targets, count), grad)
+        return dx * grad, None if dweight is None else dweight * grad, None, None
 
 
-logprobs = LogProbs.apply
+def logprobs(x, unembedding, targets):
+    return LogProbs.apply(x, unembedding, targets)
 
 
 def mean_loss(x, unembedding, targets, count):
-    if torch.is_grad_enabled():
-        return CrossEntropy.apply(x, unembedding, targets, count)
+    if torch.is_grad_enabled() and (x.requires_grad or unembedding.requires_grad):
+        return MeanLoss.apply(x, unembedding, targets, count)
     return -logprobs(x, unembedding, targets).sum() / count
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Recomputation: a checkpointed block computes once more what its backward needs, and this spares it the rest
+# --------------------------------------------------------------------------------------------------
+# Recomputation: activation checkpointing that skips what the backward does not need
 
 
 class Recompute:
-    """What a checkpointed block may skip when it runs a second time to give its backward the activations.
+    """What a recomputed block may skip when its forward is replayed for the backward.
 
-    A checkpointed block keeps its input and nothing else. The second run needs every value that a backward reads, but not
-    the block's output (`replaying`), and it need not redo a costly step whose result was put aside (`once`). For one backward:
-    a second one through the same graph fails."""
+    A recomputed block keeps only its input. The replay must restore every value the backward reads,
+    but not the block's output (`replaying`), and it can reuse a costly result that was stored
+    (`once`). It serves one backward: a second one through the same graph fails."""
 
-    current = None  # of the checkpointed block that runs now; None outside of one
+    current = None  # of the recomputed block that is running; None outside of one
 
     def __init__(self, keep_attention):
-        self.keep_attention, self.kept, self.replaying = keep_attention, [], False
+        self.keep_attention, self.stored, self.replaying = keep_attention, [], False
+        self.off = _off  # the replay runs what the forward ran, also outside of `plain()`
 
     @contextmanager
     def run(self, replaying):
+        global _off
+        before, _off = _off, self.off
         Recompute.current, self.replaying = self, replaying
         try:
             yield
         finally:
-            Recompute.current = None
+            Recompute.current, _off = None, before
 
     @classmethod
     def contexts(cls, keep_attention):
-        """The pair of contexts that torch.utils.checkpoint asks for: one for each run."""
+        """The pair of contexts that torch.utils.checkpoint asks for: forward and replay."""
         state = cls(keep_attention)
         return state.run(False), state.run(True)
 
 
 def once(compute):
-    """compute(), a tuple of tensors; in a block's second run what it returned in the first, if attention is to be kept."""
+    """compute(), a tuple of tensors; on replay the stored result, if attention is kept."""
     state = Recompute.current
     if state is None or not state.keep_attention:
         return compute()
     if not state.replaying:
-        state.kept.append(compute())
-        return state.kept[-1]
-    return state.kept.pop(0)
+        state.stored.append(compute())
+        return state.stored[-1]
+    return state.stored.pop(0)
 
 
 def replaying():
+    """True while a recomputed block's forward is replayed for its backward."""
     return Recompute.current is not None and Recompute.current.replaying
 
 
 def recomputed(block, *inputs, keep_attention):
-    """block(*inputs), of whose activations the backward makes again what it needs."""
+    """block(*inputs), keeping only the inputs; the backward recomputes the activations, but for
+    cuDNN's attention output if keep_attention."""
     contexts = functools.partial(Recompute.contexts, keep_attention)
     return checkpoint(
         block, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts

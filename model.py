@@ -1,19 +1,22 @@
-"""GPT-OSS in one file: a mixture-of-experts transformer with sliding windows and learned attention sinks.
+"""GPT-OSS in one file: a mixture-of-experts transformer with sliding windows and attention sinks.
 
-Every step is defined here, in reading order: configuration, norm, rotary positions, attention, experts, loss, model. Where a line
-says `@faster(...)`, fast.py has a function that computes the same and runs in its place; `with fast.plain():` switches them
-off, and this file alone is the model. One GPU and eight read the same: sequence parallelism lives in sp.py and does nothing when
-there is no group.
+Every step is defined here, in reading order: configuration, norm, rotary positions, attention,
+experts, loss, model. Where a definition is marked `@faster(fast.name)`, fast.py has a twin that
+computes the same and runs in its place; `with fast.plain():` switches the twins off, and this file
+alone is the model. `@fused` compiles a function for a GPU and changes nothing else. One GPU and
+eight read the same: sequence parallelism lives in sp.py and does nothing without a group.
 
-References: the original, https://github.com/openai/gpt-oss (gpt_oss/torch/model.py); the model card,
-https://arxiv.org/abs/2508.10925. Differences from the original: expert matrices are (in, out), with all gate columns before all up
-columns instead of interleaved (convert_hf.py reorders them); rotary tables, sinks, router logits and the experts' activation and
-weighted sum are computed in fp32.
+References: the original, https://github.com/openai/gpt-oss (gpt_oss/torch/model.py); the model
+card, https://arxiv.org/abs/2508.10925. Differences from the original: expert matrices are
+(in, out), with all gate columns before all up columns instead of interleaved (convert_hf.py
+reorders them); rotary tables, sinks, router logits and the experts' activation and weighted sum
+are in fp32.
 
 Letters in shapes:
-    B sequences    S tokens of each: this rank's slice, but the whole sequence inside attention
+    B sequences    S tokens per sequence: this rank's slice, or the full sequence inside attention
     N = B S tokens    V vocabulary    C hidden size
-    H query heads  K key-value heads  D head dim    E experts    k experts a token uses    F expert hidden size
+    H query heads    K key-value heads    D head dim
+    E experts    k experts per token    F hidden size of an expert
 """
 
 import functools
@@ -34,7 +37,7 @@ from weights import copy_rows, load_weights, read_config, save_weights, stored_d
 
 IGNORED = -100  # a target that the loss does not count
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Configuration
 
 
@@ -51,40 +54,34 @@ class GPTOSSConfig:
     head_dim: int = 64
     num_attention_heads: int = 64
     num_key_value_heads: int = 8
-    sliding_window: int = (
-        128  # keys a query of an even layer sees, its own included; odd layers see everything
-    )
+    sliding_window: int = 128  # keys seen in even layers, the query's own included; odd: all
     swiglu_limit: float = 7.0
     initial_context_length: int = 4096  # the context before YaRN stretched it
     rope_theta: float = 150000.0
     rope_scaling_factor: float = 32.0
-    rope_ntk_alpha: float = (
-        1.0  # YaRN's beta_slow: dimensions that turn less often than this are interpolated
-    )
-    rope_ntk_beta: float = (
-        32.0  # YaRN's beta_fast: dimensions that turn more often than this are left alone
-    )
+    # dimension pairs that turn less often than alpha over the initial context are interpolated,
+    # those that turn more often than beta are left alone: YaRN's beta_slow and beta_fast
+    rope_ntk_alpha: float = 1.0
+    rope_ntk_beta: float = 32.0
     max_position_embeddings: int = 131072
     rms_norm_eps: float = 1e-5
 
     def __post_init__(self):
         for field in fields(GPTOSSConfig):
             value = getattr(self, field.name)
-            number = (
-                isinstance(value, (int, float))
-                and not isinstance(value, bool)
-                and 0 < value < math.inf
-            )
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            number = number and 0 < value < math.inf
             if not number or (field.type is int and value != int(value)):
                 raise ValueError(f"{field.name}={value!r} must be a positive {field.type.__name__}")
             setattr(self, field.name, field.type(value))
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
-                f"num_key_value_heads={self.num_key_value_heads} must divide num_attention_heads={self.num_attention_heads}"
+                f"num_key_value_heads={self.num_key_value_heads} must divide "
+                f"num_attention_heads={self.num_attention_heads}"
             )
         if self.rope_theta <= 1:
             raise ValueError(
-                f"rope_theta={self.rope_theta} must be greater than 1: it is the base of the rotary frequencies"
+                f"rope_theta={self.rope_theta}, the base of the rotary frequencies, must exceed 1"
             )
         if self.head_dim % 2:
             raise ValueError(
@@ -92,7 +89,8 @@ class GPTOSSConfig:
             )
         if self.experts_per_token > self.num_experts:
             raise ValueError(
-                f"experts_per_token={self.experts_per_token} must be at most num_experts={self.num_experts}"
+                f"experts_per_token={self.experts_per_token} must be at most "
+                f"num_experts={self.num_experts}"
             )
 
     @classmethod
@@ -105,7 +103,7 @@ class GPTOSSConfig:
 
     @classmethod
     def from_json(cls, path):
-        """Read a config.json of ours, OpenAI's or Hugging Face's, with weights.read_config's errors."""
+        """Read a config.json, ours, OpenAI's or Hugging Face's. Errors: see weights.read_config."""
         return read_config(path, cls)
 
     def to_json(self, path):
@@ -116,19 +114,25 @@ class GPTOSSConfig:
         return self.sliding_window if layer % 2 == 0 else None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Norm and rotary positions
+
+
+def wide(x):
+    """x in fp32, or in fp64 if it is in fp64 already."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @fused
 def rms_norm(x, weight, eps):
-    y = x.float()
+    """x (..., C) divided by its root mean square, times weight (C). In fp32, then in x's dtype."""
+    y = wide(x)
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
-    return (y * weight.float()).to(x.dtype)  # multiplied in fp32, before the cast
+    return (y * wide(weight)).to(x.dtype)  # multiplied before the cast: Llama casts first
 
 
 class RMSNorm(nn.Module):
-    """https://arxiv.org/abs/1910.07467, in fp32 inside."""
+    """https://arxiv.org/abs/1910.07467"""
 
     def __init__(self, size, eps):
         super().__init__()
@@ -140,100 +144,87 @@ class RMSNorm(nn.Module):
 
 
 def rope_tables(config, positions):
-    """cos and sin (S, D/2), fp32, of the angles by which YaRN (https://arxiv.org/abs/2309.00071) turns each dimension pair, times
-    YaRN's temperature of attention: it scales q and k both, and so scores by its square."""
-    D, context = config.head_dim, config.initial_context_length
+    """cos and sin (S, D/2), fp32, of the angle by which each pair of dimensions turns at each
+    position. YaRN (https://arxiv.org/abs/2309.00071) stretches the context: slow pairs turn
+    rope_scaling_factor times slower, fast ones as trained, those between by a linear ramp."""
+    D = config.head_dim
     pair = torch.arange(D // 2, dtype=torch.float32, device=positions.device)
-    extrapolated = 1 / config.rope_theta ** (
-        2 * pair / D
-    )  # as trained: fast pairs keep their frequency
-    interpolated = (
-        extrapolated / config.rope_scaling_factor
-    )  # slow pairs are stretched to the longer context
+    trained = 1 / config.rope_theta ** (2 * pair / D)  # radians per token
+    stretched = trained / config.rope_scaling_factor
 
-    def pair_that_turns(
-        times,
-    ):  # `times` times within the initial context; not rounded to a whole pair
-        return D / 2 * math.log(context / (times * 2 * math.pi)) / math.log(config.rope_theta)
+    def pair_with(turns):  # the (fractional) pair that makes `turns` over the initial context
+        length = config.initial_context_length / (turns * 2 * math.pi)
+        return D / 2 * math.log(length) / math.log(config.rope_theta)
 
-    low, high = (
-        max(pair_that_turns(config.rope_ntk_beta), 0),
-        min(pair_that_turns(config.rope_ntk_alpha), D - 1),
-    )
+    low = max(pair_with(config.rope_ntk_beta), 0)
+    high = min(pair_with(config.rope_ntk_alpha), D - 1)
     ramp = ((pair - low) / max(high - low, 1e-3)).clamp(0, 1)
-    angles = positions[:, None].float() * (
-        interpolated * ramp + extrapolated * (1 - ramp)
-    )  # (S, D/2)
-    concentration = (
-        0.1 * math.log(config.rope_scaling_factor) + 1 if config.rope_scaling_factor > 1 else 1.0
-    )
-    return angles.cos() * concentration, angles.sin() * concentration
+    angles = wide(positions[:, None]) * (stretched * ramp + trained * (1 - ramp))  # (S, D/2)
+    # YaRN's attention temperature multiplies both q and k, so scores by its square
+    temperature = 0.1 * math.log(max(config.rope_scaling_factor, 1)) + 1
+    return angles.cos() * temperature, angles.sin() * temperature
 
 
 def rotate(x, cos, sin):
-    """x (B, S, heads, D): turn the pairs (x[i], x[i + D/2]). In fp32, then back to x's dtype."""
-    a, b = x.float().chunk(2, dim=-1)
+    """x (B, S, heads, D): turn the pairs (x[i], x[i + D/2]). In fp32, then in x's dtype."""
+    a, b = wide(x).chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]  # (S, 1, D/2)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
 @fused
 def split_and_rotate(qkv, cos, sin, num_key_value_heads):
-    """(B, S, (H + 2K) D), rows q, k, v -> q (B, S, H, D), k and v (B, S, K, D), q and k turned to their positions."""
+    """qkv (B, S, (H + 2K) D) -> q (B, S, H, D), k and v (B, S, K, D), with q and k rotated."""
     D, K = 2 * cos.shape[-1], num_key_value_heads
-    heads = qkv.unflatten(-1, (-1, D))
+    heads = qkv.unflatten(-1, (-1, D))  # (B, S, H + 2K, D)
     q, k, v = heads.split((heads.shape[2] - 2 * K, K, K), dim=2)
     return rotate(q, cos, sin), rotate(k, cos, sin), v.contiguous()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Attention with sinks. Each head has a learned logit, the sink, that takes part in the softmax and has no value: a head that
-# finds nothing to attend to can attend to it, and add nothing. Query head h reads key-value head h // (H/K).
+# --------------------------------------------------------------------------------------------------
+# Attention with sinks. Each head has a learned logit, its sink, that takes part in the softmax and
+# has no value: a head that finds nothing to attend to can attend to its sink and add nothing.
+# H/K query heads share a key-value head: query head h reads key-value head h // (H/K).
 
 
 def dense_attention(q, k, v, sinks, window=None, documents=None):
-    """The definition, on any device and in any dtype: scores, mask, a column for the sink, softmax, column dropped.
+    """The definition: scores, mask, a column for the sink, softmax, column dropped.
 
-    q (B, S, H, D), k and v (B, T, K, D), sinks (H), documents (B, T) -> (B, S, H, D). The queries are the last S of the T
-    positions. Memory grows with H S T: the twin that the fast kernels are tested against, and the path for a CPU."""
+    q (B, S, H, D), k and v (B, T, K, D), sinks (H) -> (B, S, H, D). The queries are the last S of T
+    positions. A query sees itself and earlier keys: the last `window` of them, and only those with
+    its own number in documents (B, T). Any device, any dtype; memory grows with H S T."""
     B, S, H, D = q.shape
     T, K = k.shape[1], k.shape[2]
-    wide = torch.promote_types(q.dtype, torch.float32)
     q = q.unflatten(2, (K, H // K))  # (B, S, K, H/K, D)
-    scores = torch.einsum("bskhd,btkd->bkhst", q, k).to(wide) / math.sqrt(D)
-    distance = torch.arange(T - S, T, device=q.device)[:, None] - torch.arange(
-        T, device=q.device
-    )  # (S, T)
+    scores = wide(torch.einsum("bskhd,btkd->bkhst", q, k)) / math.sqrt(D)
+    positions = torch.arange(T, device=q.device)
+    distance = positions[T - S :, None] - positions  # (S, T)
     visible = distance >= 0
     if window is not None:
-        visible &= distance < window
+        visible = visible & (distance < window)
     if documents is not None:
-        visible = visible & (documents[:, T - S :, None] == documents[:, None, :])  # (B, S, T)
-        visible = visible[:, None, None]  # (B, 1, 1, S, T)
+        same = documents[:, T - S :, None] == documents[:, None, :]  # (B, S, T)
+        visible = (visible & same)[:, None, None]  # (B, 1, 1, S, T)
     scores = scores.masked_fill(~visible, float("-inf"))
-    sinks = sinks.to(wide).view(1, K, H // K, 1, 1).expand(B, -1, -1, S, 1)
-    weights = (
-        torch.cat((scores, sinks), dim=-1).softmax(-1)[..., :-1].to(v.dtype)
-    )  # (B, K, H/K, S, T)
-    return torch.einsum("bkhst,btkd->bskhd", weights, v).flatten(2, 3)  # (B, S, H, D)
+    column = wide(sinks).view(1, K, H // K, 1, 1).expand(B, -1, -1, S, 1)  # not scaled by sqrt(D)
+    weights = torch.cat((scores, column), dim=-1).softmax(-1)[..., :-1]  # (B, K, H/K, S, T)
+    return torch.einsum("bkhst,btkd->bskhd", weights.to(v.dtype), v).flatten(2, 3)  # (B, S, H, D)
 
 
 def apply_sinks(out, lse, sinks):
-    """The same sinks after the fact: out (B, H, S, D) of attention without sinks and lse (B, H, S), the logsumexp of its
-    scores, become attention with sinks. Softmax gives the keys the share exp(lse) / (exp(lse) + exp(sink)) of the whole.
+    """Add the sinks after attention: out (B, H, S, D) of attention without sinks and the logsumexp
+    of its scores, lse (B, H, S) -> attention with sinks. In the softmax that includes the sink,
+    the keys have the share exp(lse) / (exp(lse) + exp(sink)) = sigmoid(lse - sink).
 
-    In fp32. The gradient must flow through lse too, or it is wrong in q and k."""
-    share = torch.sigmoid(lse.float() - sinks.float()[:, None])  # (B, H, S)
-    return (out.float() * share[..., None]).to(out.dtype)
+    In fp32. The gradient must flow through lse too, or dq and dk are wrong."""
+    share = torch.sigmoid(wide(lse) - wide(sinks)[:, None])  # (B, H, S)
+    return (wide(out) * share[..., None]).to(out.dtype)
 
 
 @fused
 def flex_sink_attention(q, k, v, sinks, mask):
-    """FlexAttention, which makes a fused kernel of any mask. Shapes as in dense_attention, S = T."""
+    """dense_attention by FlexAttention, which compiles a fused kernel for the BlockMask `mask`."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # it wants (B, heads, S, D)
-    options = {
-        "BACKEND": "TRITON"
-    }  # or for less than 128 queries PyTorch takes its decoding kernel, which fails with our masks
     out, aux = flex_attention(
         q,
         k,
@@ -241,108 +232,107 @@ def flex_sink_attention(q, k, v, sinks, mask):
         block_mask=mask,
         enable_gqa=True,
         return_aux=AuxRequest(lse=True),
-        kernel_options=options,
+        # below 128 queries PyTorch would pick its decoding kernel, which fails with our masks
+        kernel_options={"BACKEND": "TRITON"},
     )
     return apply_sinks(out, aux.lse, sinks).transpose(1, 2)
 
 
 def choose_attention(S, window, documents, device, dtype, head_dim):
-    """The attention(q, k, v, sinks) of all layers with this window, over whole sequences of S tokens; prints which, and why.
+    """The attention(q, k, v, sinks) of layers with this window, over full sequences of S tokens.
 
-    documents (B, S) or None. Called once a forward and kind of layer, because a block mask need be made only once."""
-    why_not_fused = fast.no_fused_attention(device, head_dim)
-    why_not_cudnn = fast.no_cudnn(window, documents, device, dtype, head_dim)
-    if why_not_fused:
-        fast.say(f"attention, window {window}: dense, because {why_not_fused}")
-        return functools.partial(dense_attention, window=window, documents=documents)
-    if why_not_cudnn:
-        fast.say(f"attention, window {window}: FlexAttention, because {why_not_cudnn}")
-        return functools.partial(
-            flex_sink_attention, mask=fast.block_mask(S, window, documents, device)
-        )
-    fast.say(f"attention, window {window}: cuDNN, the fastest where the mask is plainly causal")
-    return fast.CudnnSinkAttention.apply
+    documents (B, S) or None. Called once per forward and window: each block mask is built once."""
+    kernel = fast.choose_kernel(window, documents, device, dtype, head_dim)
+    if kernel == "cuDNN":
+        return fast.cudnn_sink_attention
+    if kernel == "FlexAttention":
+        mask = fast.block_mask(S, window, documents, device)
+        return functools.partial(flex_sink_attention, mask=mask)
+    return functools.partial(dense_attention, window=window, documents=documents)
 
 
 class Attention(nn.Module):
+    """Grouped-query attention over the full sequence, of which each rank holds a slice."""
+
     def __init__(self, config):
         super().__init__()
-        heads, kv_heads, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.num_key_value_heads = kv_heads
-        self.qkv = nn.Linear(config.hidden_size, (heads + 2 * kv_heads) * D)
-        self.out = nn.Linear(heads * D, config.hidden_size)
-        self.sinks = nn.Parameter(torch.empty(heads))
+        H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.num_key_value_heads = K
+        self.qkv = nn.Linear(config.hidden_size, (H + 2 * K) * D)
+        self.out = nn.Linear(H * D, config.hidden_size)
+        self.sinks = nn.Parameter(torch.empty(H))
 
     def forward(self, x, cos, sin, attend, remember=None):  # x (B, S, C)
-        q, k, v = split_and_rotate(
-            self.qkv(x), cos, sin, self.num_key_value_heads
-        )  # (B, S, heads, D)
+        q, k, v = split_and_rotate(self.qkv(x), cos, sin, self.num_key_value_heads)
         if remember is not None:  # generation: add k and v to those of earlier calls
             k, v = remember(k, v)  # (B, T, K, D)
         out = sp.ulysses(attend)(q, k, v, self.sinks)  # (B, S, H, D)
         return self.out(out.flatten(2))  # (B, S, H D) -> (B, S, C)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Experts
+# --------------------------------------------------------------------------------------------------
+# Mixture of experts: a router picks k of E small MLPs for each token and weights their outputs
 
 
 def swiglu(h, limit):
-    """(..., 2F), gates then ups -> (..., F). GPT-OSS's SwiGLU: gate * sigmoid(1.702 gate), nearly GELU, times up + 1;
-    gates are clamped from above, ups on both sides. In fp32, then back to h's dtype."""
-    gate, up = h.float().chunk(2, dim=-1)
+    """h (..., 2F), gates then ups -> (..., F): gate * sigmoid(1.702 gate), nearly GELU, times
+    up + 1. Gates are clamped from above, ups on both sides. In fp32, then in h's dtype."""
+    gate, up = wide(h).chunk(2, dim=-1)
     gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     return ((up + 1) * gate * torch.sigmoid(1.702 * gate)).to(h.dtype)
 
 
 @faster(fast.router_logits)
 def router_logits(x, weight, bias):
-    """x (N, C), weight (E, C), bias (E) -> (N, E) in fp32: rounded to bf16 they would tie, and tokens go to other experts."""
-    return F.linear(x.float(), weight.float(), bias.float())
+    """x (N, C), weight (E, C), bias (E) -> (N, E), in fp32: rounded to bf16 they would tie, and
+    tokens would go to other experts."""
+    return F.linear(wide(x), wide(weight), wide(bias))
 
 
 @faster(fast.experts)
-def experts(x, chosen, weights, w1, b1, w2, b2, limit):
-    """x (N, C), chosen (N, k) expert numbers, weights (N, k) fp32 -> (N, C): each token's experts, weighted and summed.
+def experts(x, chosen, gates, w1, b1, w2, b2, limit):
+    """x (N, C), chosen (N, k) expert numbers, gates (N, k) fp32 -> (N, C): the outputs of each
+    token's experts, weighted and summed. No token is dropped.
 
-    w1 (E, C, 2F) and b1 are gate and up, w2 (E, F, C) and b2 down. No token is dropped. With fast.experts 8K takes 17 % less
-    time, 32K 12 %, and 15 GiB less."""
-    out = torch.zeros_like(x, dtype=torch.float32)
+    w1 (E, C, 2F) and b1 (E, 2F): gate_up, w2 (E, F, C) and b2 (E, C): down."""
+    out = torch.zeros_like(wide(x))
     for e in range(len(w1)):
-        token, place = (chosen == e).nonzero(
-            as_tuple=True
-        )  # the tokens that chose expert e, and as which of their k
+        token, place = (chosen == e).nonzero(as_tuple=True)  # who chose e, and as which of its k
         y = swiglu(x[token] @ w1[e] + b1[e], limit) @ w2[e] + b2[e]
-        out = out.index_add(0, token, weights[token, place, None] * y)
+        out = out.index_add(0, token, gates[token, place, None] * y)
     return out.to(x.dtype)
 
 
-class Experts(nn.Module):
-    """A router that picks k of E small MLPs for each token and weights them."""
+class Router(nn.Linear):
+    """x (N, C) -> chosen (N, k), the experts with the k largest logits, and gates (N, k), the
+    softmax over those k, in fp32."""
 
     def __init__(self, config):
+        super().__init__(config.hidden_size, config.num_experts)
+        self.experts_per_token = config.experts_per_token
+
+    def forward(self, x):
+        logits = router_logits(x, self.weight, self.bias)  # (N, E)
+        top, chosen = logits.topk(self.experts_per_token, dim=-1)
+        return chosen, top.softmax(-1)
+
+
+class Experts(nn.Module):
+    def __init__(self, config):
         super().__init__()
-        E, C, intermediate = config.num_experts, config.hidden_size, config.intermediate_size
-        self.experts_per_token, self.limit = config.experts_per_token, config.swiglu_limit
-        self.router = nn.Linear(C, E)
-        self.gate_up_weight = nn.Parameter(
-            torch.empty(E, C, 2 * intermediate)
-        )  # (experts, in, out), gates then ups
-        self.gate_up_bias = nn.Parameter(torch.empty(E, 2 * intermediate))
-        self.down_weight = nn.Parameter(torch.empty(E, intermediate, C))
+        E, C, F = config.num_experts, config.hidden_size, config.intermediate_size
+        self.limit = config.swiglu_limit
+        self.router = Router(config)
+        self.gate_up_weight = nn.Parameter(torch.empty(E, C, 2 * F))  # gates, then ups
+        self.gate_up_bias = nn.Parameter(torch.empty(E, 2 * F))
+        self.down_weight = nn.Parameter(torch.empty(E, F, C))
         self.down_bias = nn.Parameter(torch.empty(E, C))
-        self.load = (
-            0  # (E) tokens each expert was given in training since someone last set this to 0
-        )
 
     def forward(self, x):  # (B, S, C)
-        rows = x.flatten(0, 1)  # (N, C)
-        logits = router_logits(rows, self.router.weight, self.router.bias)  # (N, E)
-        top, chosen = logits.topk(self.experts_per_token, dim=-1)  # (N, k)
-        if torch.is_grad_enabled() and not fast.replaying():
-            self.load = self.load + F.one_hot(chosen, logits.shape[1]).sum((0, 1))
-        parameters = self.gate_up_weight, self.gate_up_bias, self.down_weight, self.down_bias
-        return experts(rows, chosen, top.softmax(-1), *parameters, self.limit).view_as(x)
+        tokens = x.flatten(0, 1)  # (N, C)
+        chosen, gates = self.router(tokens)
+        gate_up, down = (self.gate_up_weight, self.gate_up_bias), (self.down_weight, self.down_bias)
+        return experts(tokens, chosen, gates, *gate_up, *down, self.limit).view_as(x)
 
 
 class Block(nn.Module):
@@ -358,34 +348,35 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Loss
 
 
 @faster(fast.logprobs)
 def logprobs(x, unembedding, targets):
-    """x (N, C), unembedding (V, C), targets (N) -> log p(target) (N) fp32, 0 where not counted. fast.logprobs never holds
-    more than LOSS_ROWS rows of logits, which for 64K tokens would take 25 GiB."""
-    logits = x @ unembedding.t()  # (N, V)
-    picked = logits.float().log_softmax(-1).gather(1, targets.clamp(min=0)[:, None])[:, 0]
+    """x (N, C), unembedding (V, C), targets (N) -> log p(target) (N), fp32; 0 where ignored."""
+    logits = wide(x @ unembedding.t())  # (N, V)
+    picked = logits.log_softmax(-1).gather(1, targets.clamp(min=0)[:, None])[:, 0]
     return picked.masked_fill(targets == IGNORED, 0)
 
 
 @faster(fast.mean_loss)
 def mean_loss(x, unembedding, targets, count):
-    """The loss, -sum(logprobs) / count. fast.mean_loss makes the gradient while the logits exist: three matmuls, not four."""
+    """The mean of -log p(target) over `count` targets, fp32. Shapes as in logprobs."""
     return -logprobs(x, unembedding, targets).sum() / count
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The model
 
 
 class GPTOSS(nn.Module):
-    """GPT-OSS. `recompute` says what of a block's activations is computed again in the backward instead of being kept: "none",
-    "all", or all but what cuDNN's "attention" returned on full layers, whose cost grows with the square of S; where another
-    kernel runs, as with packed documents, that is "all". The last `keep_blocks` blocks recompute nothing: the last, because
-    the backward frees them first, in a step's first micro-batch before most gradients exist."""
+    """GPT-OSS, initialised by init_weights, unless it is built on the meta device.
+
+    `recompute` selects the activations that the backward recomputes to save memory: "none"; "all"
+    of every block; or "attention": all but the attention output of full layers, whose cost grows
+    with S^2. That needs cuDNN's kernel; elsewhere, as with packed documents, it equals "all". The
+    last `keep_blocks` blocks recompute nothing."""
 
     def __init__(self, config, recompute="none", keep_blocks=0):
         super().__init__()
@@ -396,49 +387,70 @@ class GPTOSS(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.unembedding = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if not self.embedding.weight.is_meta:
+            self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self, seed=0):
+        """Set every parameter, also after to_empty, to values that do not depend on the ranks.
+
+        Matrices: normal with GPT-2's 0.02, divided by sqrt(2 layers) where they write into the
+        residual stream. Norms: one. Biases and sinks: zero."""
+        for number, (name, parameter) in enumerate(self.named_parameters()):
+            if name.endswith("norm.weight"):
+                nn.init.ones_(parameter)
+            elif name.endswith(("bias", "sinks")):
+                nn.init.zeros_(parameter)
+            else:
+                residual = name.endswith(("out.weight", "down_weight"))
+                std = 0.02 / math.sqrt(2 * len(self.blocks)) if residual else 0.02
+                device = parameter.device
+                generator = torch.Generator(device).manual_seed(seed * 100003 + number)
+                full = torch.empty(parameter.shape, device=device)
+                copy_rows(parameter, full.normal_(0, std, generator=generator))
 
     def forward(self, tokens, targets=None, documents=None, count=None):
-        """tokens (B, S) int64 -> logits (B, S, V); or with targets (B, S), the tokens that follow, the loss, fp32.
+        """tokens (B, S) int64 -> logits (B, S, V); with targets (B, S), the tokens that follow, the
+        loss: fp32, its logits never all in memory.
 
-        The loss is the mean over the targets that are not -100. Those are `count`, a 0-d tensor, if that is given: for a
-        batch that is a part of a larger one. documents (B, S): attention stays between equal numbers. In a sequence-
-        parallel group all of them are this rank's slice, and the ranks' losses add up to the loss."""
+        The loss is the mean over the targets that are not -100, or their sum over `count`, a 0-d
+        tensor, for a part of a larger batch. documents (B, S): attention never crosses from one
+        number to another. In a sequence-parallel group all are this rank's slices, and the ranks'
+        losses add up to the loss. ValueError for ids outside the vocabulary or wrong shapes."""
         if targets is None:
             return self.unembedding(self.features(tokens, documents))
         self._check(targets, "targets", tokens.shape, IGNORED)
         x = self.features(tokens, documents)
         if count is None:
             count = sp.all_reduce((targets != IGNORED).sum())
-        count = count.clamp(
-            min=1
-        ).float()  # no counted target: the loss is 0, and so is its gradient
+        count = wide(count.clamp(min=1))  # without any target the loss is 0, and so is its gradient
         return mean_loss(x.flatten(0, 1), self.unembedding.weight, targets.flatten(), count)
 
     def logprobs(self, tokens, targets, documents=None):
-        """log p(targets[b, i] | tokens[b, : i + 1]) (B, S), fp32, differentiable; 0 where the target is -100."""
+        """log p(targets[b, i] | tokens[b, : i + 1]), (B, S) fp32, differentiable; 0 where the
+        target is -100. Arguments and errors as in forward."""
         self._check(targets, "targets", tokens.shape, IGNORED)
-        x = self.features(tokens, documents)
-        return logprobs(x.flatten(0, 1), self.unembedding.weight, targets.flatten()).view(
-            targets.shape
-        )
+        x = self.features(tokens, documents).flatten(0, 1)
+        return logprobs(x, self.unembedding.weight, targets.flatten()).view(targets.shape)
 
     def features(self, tokens, documents=None, cache=None):
-        """tokens (B, S) -> (B, S, C), what the unembedding makes logits of. cache: see sample.py's KeyValueCache."""
+        """tokens (B, S) -> (B, S, C), the input of the unembedding. cache: sample.py's
+        KeyValueCache, for generation."""
         self._check(tokens, "tokens", tokens.shape)
         config, s = self.config, tokens.shape[1]
         S, start = s * sp.size(), cache.length if cache else 0
         if cache and (documents is not None or sp.size() > 1):
-            raise ValueError(
-                "a cache is for one document on one rank: give no documents, and no sequence-parallel group"
-            )
+            raise ValueError("a cache is for one document per sequence and no sequence parallelism")
         if start + S > config.max_position_embeddings:
             raise ValueError(
-                f"{start + S} tokens do not fit the model's max_position_embeddings={config.max_position_embeddings}"
+                f"{start + S} tokens exceed "
+                f"max_position_embeddings={config.max_position_embeddings}"
             )
         if documents is not None:
             if documents.shape != tokens.shape or documents.is_floating_point():
                 raise ValueError(
-                    f"documents must be integers of shape {tuple(tokens.shape)}; got {documents.dtype} {tuple(documents.shape)}"
+                    f"documents must be integers of shape {tuple(tokens.shape)}; "
+                    f"got {documents.dtype} {tuple(documents.shape)}"
                 )
             documents = sp.gather_sequence(documents)
         x = self.embedding(tokens)  # (B, S, C)
@@ -452,57 +464,33 @@ class GPTOSS(nn.Module):
         for layer, block in enumerate(self.blocks):
             remember = functools.partial(cache.extend, layer) if cache else None
             inputs = x, cos, sin, attend[config.window(layer)], remember
-            kept = self.recompute == "none" or layer >= config.num_hidden_layers - self.keep_blocks
+            kept = self.recompute == "none" or layer >= len(self.blocks) - self.keep_blocks
             if kept or not torch.is_grad_enabled():
                 x = block(*inputs)
             else:
-                x = fast.recomputed(block, *inputs, keep_attention=self.recompute == "attention")
+                keep_attention = self.recompute == "attention"
+                x = fast.recomputed(block, *inputs, keep_attention=keep_attention)
         return self.norm(x)
 
     def _check(self, ids, name, shape, other=0):
         """ValueError unless `ids` are (B, S) integers in the vocabulary, or `other`."""
         if ids.dim() != 2 or ids.shape != shape or ids.is_floating_point() or not ids.numel():
             raise ValueError(
-                f"{name} must be integers of one shape (B, S), not empty; got {ids.dtype} {tuple(ids.shape)}, {tuple(shape)}"
+                f"{name} must be integers of one shape (B, S), not empty; "
+                f"got {ids.dtype} {tuple(ids.shape)}, {tuple(shape)}"
             )
-        V, wrong = (
-            self.config.vocab_size,
-            ids[((ids < 0) | (ids >= self.config.vocab_size)) & (ids != other)],
-        )
+        V = self.config.vocab_size
+        wrong = ids[((ids < 0) | (ids >= V)) & (ids != other)]
         if len(wrong):
+            exception = f" or be {other}" if other else ""
             raise ValueError(
-                f"{name} must lie in [0, vocab_size={V}){f' or be {other}' if other else ''}; found {wrong[0].item()}"
+                f"{name} must lie in [0, vocab_size={V}){exception}; found {wrong[0].item()}"
             )
-
-    @torch.no_grad()
-    def init_weights(self, seed=0):
-        """Set every parameter, also after construction on the meta device and to_empty, and the same on any number of ranks.
-
-        Matrices normal with GPT-2's 0.02, those that write into the residual stream smaller by sqrt(2 layers), norms one,
-        biases and sinks zero."""
-        for number, (name, parameter) in enumerate(self.named_parameters()):
-            if name.endswith("norm.weight"):
-                nn.init.ones_(parameter)
-            elif name.endswith(("bias", "sinks")):
-                nn.init.zeros_(parameter)
-            else:
-                std = (
-                    0.02 / math.sqrt(2 * len(self.blocks))
-                    if name.endswith(("out.weight", "down_weight"))
-                    else 0.02
-                )
-                generator = torch.Generator(parameter.device).manual_seed(seed * 100003 + number)
-                copy_rows(
-                    parameter,
-                    torch.empty(parameter.shape, device=parameter.device).normal_(
-                        0, std, generator=generator
-                    ),
-                )
 
     @classmethod
     def from_checkpoint(cls, folder, device="cpu", dtype=None, recompute="none"):
-        """The model in `folder`, as save_checkpoint or convert_hf.py wrote it, with weights.load_weights's
-        errors. dtype None: that of the first stored tensor, for all."""
+        """The model in `folder`, written by save_checkpoint or convert_hf.py, in `dtype` or that of
+        the first stored tensor. Errors: see weights.load_weights."""
         with torch.device("meta"):
             model = cls(GPTOSSConfig.from_json(Path(folder) / "config.json"), recompute)
         model = model.to(dtype or stored_dtype(folder)).to_empty(device=device)
@@ -510,5 +498,6 @@ class GPTOSS(nn.Module):
         return model
 
     def save_checkpoint(self, folder, dtype=None):
-        """Write config.json and the parameters, as `dtype` if given, with weights.save_weights's layout and errors."""
+        """Write config.json and the parameters, in `dtype` if given. Layout and errors: see
+        weights.save_weights."""
         save_weights(self, folder, dtype, write_config=self.config.to_json)

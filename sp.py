@@ -1,20 +1,24 @@
-"""Ulysses sequence parallelism: every rank holds a slice of every sequence, attention sees it whole.
+"""Ulysses sequence parallelism: each rank holds a slice of every sequence; attention sees all of it.
 
-Each of the n ranks of a group has S/n neighbouring tokens of all sequences. Norms, projections, experts and the loss work
-on tokens one by one and never notice. Attention needs the whole sequence, but its heads do not need each other, so one
-all-to-all trades one cut for the other, and a second one trades back:
+Each of the n ranks of a group holds S/n consecutive tokens of every sequence. Norms, projections,
+experts and the loss work on single tokens and need no change. Attention needs the whole sequence,
+but its heads are independent: one all-to-all trades a slice of tokens with all heads for all tokens
+with a slice of heads, and a second one trades back:
 
-    (B, S/n, H, D)  -- seq_to_heads -->  (B, S, H/n, D)  -- attention -->  (B, S, H/n, D)  -- heads_to_seq -->  (B, S/n, H, D)
+    (B, S/n, H, D)  -- seq_to_heads -->  (B, S, H/n, D)
+                                               |  attention
+    (B, S/n, H, D)  <-- heads_to_seq --  (B, S, H/n, D)
 
-Parameters that belong to a head, such as GPT-OSS's attention sinks, are narrowed to the rank's own heads by `local_heads`.
-That happens inside autograd on every call: each rank gets the gradient of its heads and zeros elsewhere, and the sum over
-the ranks is the whole gradient.
+Parameters with one entry per head, such as GPT-OSS's attention sinks, are narrowed to the rank's
+heads by `local_heads`, inside autograd and on every call: each rank gets the gradient of its own
+heads and zeros elsewhere, and the sum over the ranks is the whole gradient.
 
-    sp.init(mesh)                                  # once; with no group every function here is the identity
+    sp.init(mesh)                     # once; without a group every function is the identity
     tokens, targets = sp.shard(tokens, targets)
-    attention = sp.ulysses(attention)              # any attention(q, k, v, sinks, ...) over full sequences
+    attention = sp.ulysses(attention)   # any attention(q, k, v, sinks, ...) over full sequences
 
-B batch, S whole sequence, n ranks of the group, H query heads, K key-value heads, D head dim.
+B sequences, S tokens of a full sequence, n ranks of the group, H query heads, K key-value heads,
+D head dim.
 Reference: DeepSpeed-Ulysses, https://arxiv.org/abs/2309.14509
 """
 
@@ -23,14 +27,14 @@ import functools
 import torch
 import torch.distributed as dist
 
-ROW_BYTES = (
-    2**24
-)  # a rank's part of a sequence: from here on a call for each costs a GPU less than the copies that make one of all
-_group = None  # the ranks that share each sequence; None: this rank has its sequences to itself
+# Per-rank bytes per sequence above which one all-to-all per sequence is cheaper than packing all
+# sequences into one.
+LARGE_BYTES = 2**24
+_group = None  # the ranks that share each sequence; None: no sequence parallelism
 
 
 def init(mesh):
-    """Share each sequence among the ranks of `mesh`, a one-dimensional DeviceMesh; None undoes it."""
+    """Share each sequence among the ranks of `mesh`, a 1-d DeviceMesh; None ends sharing."""
     global _group
     _group = mesh.get_group() if mesh is not None and mesh.size() > 1 else None
 
@@ -44,16 +48,17 @@ def rank():
 
 
 class _AllToAll(torch.autograd.Function):
-    """x (B, n, ...): in each row, rank r's block s becomes rank s's block r. A permutation that undoes itself, so its own transpose
-    as well: the backward is the same call.
+    """x (B, n, ...): in each sequence, rank r's block s becomes rank s's block r. A permutation that
+    is its own inverse and its own transpose, so the backward is the same call.
 
-    What goes to one rank must lie together. In one row it does; in many after a copy to (n, B, ...), and what comes wants another.
-    Large rows go one by one instead: sharing two sequences of 32K tokens then costs two GPUs 2.9 % of their speed, else 5.1 %
+    all_to_all_single needs each destination's data contiguous: true for one sequence; several must
+    be copied to (n, B, ...) and back. Large sequences are sent one by one instead: with two
+    sequences of 32K tokens, sharing costs two GPUs 2.9 % of their speed instead of 5.1 %
     (docs/LOG.md, 2026-11-25)."""
 
     @staticmethod
     def forward(ctx, x):
-        if x.shape[1:].numel() * x.element_size() < ROW_BYTES:
+        if x.shape[1:].numel() * x.element_size() < LARGE_BYTES:
             x = x.transpose(0, 1).contiguous()  # (n, B, ...)
             out = torch.empty_like(x)
             dist.all_to_all_single(out, x, group=_group)
@@ -70,7 +75,8 @@ class _AllToAll(torch.autograd.Function):
 
 
 def seq_to_heads(x):
-    """(B, S/n, H, D) -> (B, S, H/n, D): all tokens, this rank's heads. ValueError if n does not divide H."""
+    """(B, S/n, H, D) -> (B, S, H/n, D): all tokens, this rank's heads. ValueError unless n
+    divides H."""
     n = size()
     if n == 1:
         return x
@@ -94,8 +100,9 @@ def heads_to_seq(x):
 
 
 def repeat_kv(x):
-    """(B, S/n, K, D) -> (B, S/n, max(K, n), D): with more ranks than key-value heads, several ranks share one, so it is
-    repeated. Query head h reads key-value head h // (H/K) before and after. ValueError if neither of n and K divides the other."""
+    """(B, S/n, K, D) -> (B, S/n, max(K, n), D): with more ranks than key-value heads, several ranks
+    share a head, so it is repeated. Query head h reads key-value head h // (H/K) before and after.
+    ValueError unless one of n and K divides the other."""
     n, K = size(), x.shape[2]
     if K % n == 0:
         return x
@@ -107,17 +114,18 @@ def repeat_kv(x):
 
 
 def local_heads(x):
-    """(H, ...) -> (H/n, ...): this rank's slice of a parameter that has one entry a head."""
+    """(H, ...) -> (H/n, ...): this rank's slice of a parameter with one entry per head."""
     h = x.shape[0] // size()
     return x.narrow(0, rank() * h, h)
 
 
 def ulysses(attention):
-    """Make `attention(q, k, v, sinks, ...)`, written for whole sequences (B, S, heads, D), run on slices of them.
+    """Make `attention(q, k, v, sinks, ...)`, written for full sequences (B, S, heads, D), run on
+    slices of them.
 
-    The result takes q (B, S/n, H, D), k and v (B, S/n, K, D), sinks (H) or None, and returns (B, S/n, H, D). Further
-    arguments pass through: what they say of the sequence, a mask for example, they say of the whole of it.
-    """
+    The result takes q (B, S/n, H, D), k and v (B, S/n, K, D), sinks (H) or None, and returns
+    (B, S/n, H, D). Further arguments pass through unchanged: a mask, for example, must describe the
+    full sequence."""
 
     @functools.wraps(attention)
     def parallel(q, k, v, sinks=None, *args, **kwargs):
@@ -129,10 +137,10 @@ def ulysses(attention):
 
 
 def shard(*batch):
-    """Each (B, S, ...) tensor -> this rank's (B, S/n, ...) slice; None stays None. ValueError if n does not divide S.
+    """Each (B, S, ...) tensor -> this rank's (B, S/n, ...) slice; None stays None. ValueError unless
+    n divides S.
 
-    Shift targets before sharding: the target of a slice's last token lies in the next rank's slice.
-    """
+    Shift targets before sharding: the target of a slice's last token is in the next rank's slice."""
     n = size()
     for x in batch:
         if x is not None and x.shape[1] % n:
@@ -141,12 +149,12 @@ def shard(*batch):
 
 
 def positions(s, device=None):
-    """Positions in the whole sequence of this rank's s tokens: (s), int64."""
+    """Positions of this rank's s tokens in the full sequence: (s), int64."""
     return torch.arange(rank() * s, (rank() + 1) * s, device=device)
 
 
 def gather_sequence(x):
-    """(B, S/n) -> (B, S) on every rank. For integers such as document numbers: no gradient."""
+    """(B, S/n) -> (B, S) on every rank. For integers such as documents: no gradient."""
     if size() == 1:
         return x
     slices = _AllToAll.apply(

@@ -36,7 +36,7 @@ import sample
 import sp
 from loop.budget import adds_in_bf16, arithmetic, dry_run, flops_of, peak_flops
 from loop.guards import Stop, describe_bad_step, fail, hold, keep_pulse, meeting_point
-from loop.log import Log, format_line
+from loop.log import Log, format_line, take_expert_load, watch_expert_load
 from loop.memory import HostMemory, ReduceScatter, SplitAdamW
 from loop.options import check_files, check_new, check_ranks, check_same_run, model_config, parse
 from loop.states import States
@@ -207,15 +207,6 @@ def evaluate(options, model, data, device):
     return loss / max(count, 1)
 
 
-def take_expert_load(model):
-    """How much more the busiest expert had to do than the average one, mean over layers, since this was last asked."""
-    load = torch.stack([block.mlp.load for block in model.blocks]).double()  # (layers, E)
-    dist.all_reduce(load)
-    for block in model.blocks:
-        block.mlp.load = 0
-    return (load.amax(1) / load.mean(1)).mean().item()
-
-
 # The run
 
 
@@ -246,6 +237,7 @@ def train(options):
     source = f"from {options.checkpoint}" if options.checkpoint else "random"
     ready = f"weights {source}, {time.perf_counter() - start:.1f} s"
     optimizer = build_optimizer(options, model)
+    watch_expert_load(model)
 
     # where to begin
     states, tensors = States(folder / "states", options.keep), training_state(model, optimizer)

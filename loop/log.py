@@ -5,7 +5,34 @@ import json
 from contextlib import suppress
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+
+import fast
+
+
+def watch_expert_load(model):
+    """Count the tokens that each layer's router sends to each expert in training, for
+    take_expert_load."""
+
+    def count(router, inputs, output):
+        chosen, _ = output  # (N, k)
+        if torch.is_grad_enabled() and not fast.replaying():
+            router.load = router.load + F.one_hot(chosen, router.out_features).sum((0, 1))
+
+    for block in model.blocks:
+        block.mlp.router.load = 0  # becomes (E)
+        block.mlp.router.register_forward_hook(count)
+
+
+def take_expert_load(model):
+    """Expert load imbalance since the last call: busiest / average, averaged over layers."""
+    load = torch.stack([block.mlp.router.load for block in model.blocks]).double()  # (layers, E)
+    dist.all_reduce(load)
+    for block in model.blocks:
+        block.mlp.router.load = 0
+    return (load.amax(1) / load.mean(1)).mean().item()
 
 
 class Log:

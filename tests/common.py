@@ -18,7 +18,7 @@ from torch.multiprocessing.spawn import ProcessException, start_processes
 from model import GPTOSS, IGNORED, GPTOSSConfig
 from weights import copy_rows
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Models and batches
 
 
@@ -87,7 +87,7 @@ def gradients(model):
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Comparison
 
 
@@ -109,7 +109,7 @@ def assert_all_close(actual, expected, tolerance):
     assert not wrong, f"relative errors over {tolerance}: {wrong}"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Experts, one token after the other
 
 
@@ -145,7 +145,32 @@ def expert_inputs(N, k, used, dtype):
     return experts, weights.softmax(-1), *tensors
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Attention
+
+
+def attention_inputs(B=2, S=23, H=6, K=3, D=4, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v, grad = (
+        torch.randn(B, S, heads, D, generator=generator, dtype=dtype) for heads in (H, K, K, H)
+    )
+    sinks = 2 * torch.randn(H, generator=generator, dtype=dtype)
+    return [x.requires_grad_() for x in (q, k, v, sinks)], grad
+
+
+def attention_without_sinks(q, k, v):
+    """Causal attention and the logsumexp of its scores, (B, H, S, D) and (B, H, S)."""
+    group = q.shape[2] // k.shape[2]
+    q, k, v = (
+        x.transpose(1, 2)
+        for x in (q, k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2))
+    )
+    scores = q @ k.mT / q.shape[-1] ** 0.5
+    scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), float("-inf"))
+    return scores.softmax(-1) @ v, scores.logsumexp(-1)
+
+
+# --------------------------------------------------------------------------------------------------
 # The same model in transformers
 
 
@@ -222,7 +247,7 @@ def hugging_face_gradients(theirs):
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Ranks
 
 

@@ -251,11 +251,11 @@ def check_wrapper(sent=1):
 
 def check_large_rows():
     """Rows that are sent one by one."""
-    limit, sp.ROW_BYTES = sp.ROW_BYTES, 0
+    limit, sp.LARGE_BYTES = sp.LARGE_BYTES, 0
     check_layouts()
     check_shards()
     check_wrapper(sent=B)
-    sp.ROW_BYTES = limit
+    sp.LARGE_BYTES = limit
 
 
 CHECKS = [
