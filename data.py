@@ -224,7 +224,10 @@ def pack(lengths, seq_len, generator):
     order = generator.permutation(len(lengths))
     order = order[np.argsort(-lengths[order], kind="stable")]
     sequence_of, num_sequences = np.empty(len(lengths), np.int64), 0
-    rooms, sequences_with = [], defaultdict(list)  # the rooms left in rows, ascending; room -> its rows
+    rooms, sequences_with = (
+        [],
+        defaultdict(list),
+    )  # the rooms left in rows, ascending; room -> its rows
     for piece, length in zip(order.tolist(), lengths[order].tolist()):
         fullest = bisect.bisect_left(rooms, length)
         if fullest == len(rooms):

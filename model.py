@@ -440,7 +440,7 @@ class GPTOSS(nn.Module):
         config, s = self.config, tokens.shape[1]
         S, start = s * sp.size(), cache.length if cache else 0
         if cache and (documents is not None or sp.size() > 1):
-            raise ValueError("a cache is for one document per sequence and no sequence parallelism")
+            raise ValueError("a cache takes no documents and no sequence-parallel group")
         if start + S > config.max_position_embeddings:
             raise ValueError(
                 f"{start + S} tokens exceed "

@@ -1,4 +1,4 @@
-"""Ulysses sequence parallelism: each rank holds a slice of every sequence; attention sees all of it.
+"""Ulysses sequence parallelism: ranks hold slices of every sequence; attention sees all of it.
 
 Each of the n ranks of a group holds S/n consecutive tokens of every sequence. Norms, projections,
 experts and the loss work on single tokens and need no change. Attention needs the whole sequence,
@@ -48,8 +48,8 @@ def rank():
 
 
 class _AllToAll(torch.autograd.Function):
-    """x (B, n, ...): in each sequence, rank r's block s becomes rank s's block r. A permutation that
-    is its own inverse and its own transpose, so the backward is the same call.
+    """x (B, n, ...): in each sequence, rank r's block s becomes rank s's block r. A permutation
+    that is its own inverse and its own transpose, so the backward is the same call.
 
     all_to_all_single needs each destination's data contiguous: true for one sequence; several must
     be copied to (n, B, ...) and back. Large sequences are sent one by one instead: with two
@@ -137,10 +137,10 @@ def ulysses(attention):
 
 
 def shard(*batch):
-    """Each (B, S, ...) tensor -> this rank's (B, S/n, ...) slice; None stays None. ValueError unless
-    n divides S.
+    """Each (B, S, ...) tensor -> this rank's (B, S/n, ...) slice; None stays None. ValueError
+    unless n divides S.
 
-    Shift targets before sharding: the target of a slice's last token is in the next rank's slice."""
+    Shift targets before sharding: the target of a slice's last token is on the next rank."""
     n = size()
     for x in batch:
         if x is not None and x.shape[1] % n:

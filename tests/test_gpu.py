@@ -1,5 +1,5 @@
-"""What only a GPU has: fused attention kernels, the compiled model, memory, NCCL. The pairs of model.py
-and fast.py on a GPU are in test_fast.py.
+"""What only a GPU has: fused attention kernels, the compiled model, memory, NCCL. The pairs of
+model.py and fast.py on a GPU are in test_fast.py.
 
 A kernel in bf16 is right if it is as near to the definition in fp64 as the definition itself is in
 bf16.
@@ -311,8 +311,8 @@ def test_new_documents_compile_nothing(recompute):
 
 @pytest.mark.parametrize("what", ["loss", "logprobs"])
 def test_loss_memory(what):
-    """64K tokens, the real vocabulary: forward and backward take at most 3 GiB beyond the fp32 sum of
-    the weight's gradient (2.2 GiB). The logits would be 24.6 GiB."""
+    """64K tokens, the real vocabulary: forward and backward take at most 3 GiB beyond the fp32 sum
+    of the weight's gradient (2.2 GiB). The logits would be 24.6 GiB."""
     N, V, C = 64 * 1024, 201088, 2880
     x = torch.randn(N, C, device=CUDA, dtype=torch.bfloat16).requires_grad_()
     weight = (torch.randn(V, C, device=CUDA, dtype=torch.bfloat16) / C**0.5).requires_grad_()

@@ -278,7 +278,7 @@ def test_flops_per_token():
 
 @pytest.mark.parametrize("detached", [False, True])
 def test_sinks_on_the_logsumexp_equal_sinks_as_a_column(detached):
-    """Outputs and gradients. With lse detached dq and dk are wrong, and everything else is right."""
+    """Outputs and gradients. With lse detached dq and dk are wrong and everything else is right."""
     inputs, grad = attention_inputs()
     q, k, v, sinks = inputs
     expected = dense_attention(q, k, v, sinks)
@@ -310,7 +310,7 @@ def test_dense_attention_of_the_last_queries():
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_sink_attention_forward():
-    """FlexAttention has a plain forward on a CPU: shapes, masks, sinks. test_gpu.py has the rest."""
+    """FlexAttention's plain forward on a CPU: shapes, masks, sinks. test_gpu.py has the rest."""
     q, k, v, sinks = (x.detach().float() for x in attention_inputs(S=300)[0])
     documents = torch.stack([packed([130, 170], [7, 3]), packed([299, 1], [0, 1])])
     for window in (None, 1, 64):
