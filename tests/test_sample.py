@@ -80,7 +80,7 @@ def test_generation_keeps_no_graph(monkeypatch):
 def test_a_cache_takes_no_documents():
     model = noise_(GPTOSS(tiny_config()))
     tokens = prompt_of(model.config, 9)
-    with pytest.raises(ValueError, match="give no documents"):
+    with pytest.raises(ValueError, match="takes no documents"):
         model.features(tokens, torch.zeros_like(tokens), cache=KeyValueCache(model.config, 9))
 
 
