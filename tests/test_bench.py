@@ -1,16 +1,34 @@
-"""bench.py: its arithmetic against numbers worked out by hand, and each of its commands on a CPU with a tiny model."""
+"""bench/: its arithmetic against numbers worked out by hand, and each of its commands on a CPU with a
+tiny model."""
 
+import argparse
 import json
+import os
 import subprocess
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT
 from torch.profiler import ProfilerActivity, profile
 
-import bench
+from bench import (
+    __main__ as bench,
+)
+from bench import (
+    accuracy,
+    determinism,
+    kernels,
+    profiling,
+    report,
+    speed,
+    training,
+)
+from bench.common import DEVICE, GPU, TINY
+from loop.budget import RECOMPUTED, flops_per_token, forward_flops
 from model import GPTOSSConfig
 
 RATES_AT_32K = {  # TFLOP/s of an H200
@@ -26,7 +44,7 @@ RATES_AT_32K = {  # TFLOP/s of an H200
 
 @pytest.fixture
 def run(tmp_path, capsys):
-    """run(arguments) -> (what bench.py printed, the JSON that it wrote)."""
+    """run(arguments) -> (what it printed, the JSON that it wrote)."""
 
     def run(*arguments, name="bench"):
         bench.main([f"--out={tmp_path}", *arguments])
@@ -36,7 +54,7 @@ def run(tmp_path, capsys):
     torch.use_deterministic_algorithms(False)
 
 
-cpu_only = pytest.mark.skipif(bench.GPU, reason="on a GPU the sizes are the real ones")
+cpu_only = pytest.mark.skipif(GPU, reason="on a GPU the sizes are the real ones")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -44,7 +62,7 @@ cpu_only = pytest.mark.skipif(bench.GPU, reason="on a GPU the sizes are the real
 
 
 def test_forward_flops_by_hand():
-    assert bench.forward_flops(bench.TINY, 32) == {  # 2 layers, 32 tokens
+    assert forward_flops(TINY, 32) == {  # 2 layers, 32 tokens
         "qkv": 2 * 32 * 2 * 64 * 128,
         "out": 2 * 32 * 2 * 64 * 64,
         "gate_up": 2 * 64 * 2 * 64 * 128,  # 2 experts a token: 64 rows
@@ -60,9 +78,9 @@ def test_forward_flops_by_hand():
 
 @pytest.mark.parametrize("S", [8, 16, 200])  # shorter than the window of 16, equal, longer
 def test_flops_are_the_model_s(S):
-    forward = bench.forward_flops(bench.TINY, S)
-    router = bench.TINY.num_hidden_layers * 2 * 64 * 4 * S  # which bench.py leaves out
-    assert 3 * (sum(forward.values()) + router) == pytest.approx(bench.TINY.flops_per_token(S) * S)
+    forward = forward_flops(TINY, S)
+    router = TINY.num_hidden_layers * 2 * 64 * 4 * S  # which bench.py leaves out
+    assert 3 * (sum(forward.values()) + router) == pytest.approx(flops_per_token(TINY, S) * S)
 
 
 def test_floor_by_hand():
@@ -77,13 +95,13 @@ def test_floor_by_hand():
         "down": 1.048576 * 6,
     }
     expected |= {"unembedding": 2.097152 * 5, "causal": 0.135168 * 6, "window": 0.100352 * 6}
-    assert bench.floor(bench.TINY, 32, slow) == pytest.approx(expected)
-    once = bench.floor(bench.TINY, 32, slow, bench.AGAIN["none"])
+    assert kernels.floor(TINY, 32, slow) == pytest.approx(expected)
+    once = kernels.floor(TINY, 32, slow, RECOMPUTED["none"])
     assert once == pytest.approx(
         expected | {n: expected[n] * 5 / 6 for n in ("qkv", "out", "gate_up", "down")}
     )
     attention, everything = (
-        bench.floor(bench.TINY, 32, slow, bench.AGAIN[kind]) for kind in ("attention", "all")
+        kernels.floor(TINY, 32, slow, RECOMPUTED[kind]) for kind in ("attention", "all")
     )
     assert attention == pytest.approx({**expected, "down": 1.048576 * 5, "window": 0.100352 * 7})
     assert everything == pytest.approx({**attention, "causal": 0.135168 * 7})
@@ -91,7 +109,7 @@ def test_floor_by_hand():
 
 def test_floor_of_the_20b_at_32k():
     """Worked out apart: qkv and out 0.210 s, unembedding 0.143, gate_up 0.654, down 0.342, causal 0.880, window 0.043."""
-    parts = bench.floor(GPTOSSConfig(), 32 * 1024, RATES_AT_32K)
+    parts = kernels.floor(GPTOSSConfig(), 32 * 1024, RATES_AT_32K)
     expected = {
         "unembedding": 0.143,
         "gate_up": 0.654,
@@ -115,12 +133,15 @@ def test_best_rates_are_the_fastest_that_ran_at_the_length():
         ceiling("causal", 65536, 9, 8),
     ]
     qkv = {"forward": 7, "backward": 6}
-    assert bench.best_rates(ceilings, 4096) == {"qkv": qkv, "causal": {"forward": 3, "backward": 5}}
-    assert bench.best_rates(ceilings, 131072) == {
+    assert kernels.best_rates(ceilings, 4096) == {
+        "qkv": qkv,
+        "causal": {"forward": 3, "backward": 5},
+    }
+    assert kernels.best_rates(ceilings, 131072) == {
         "qkv": qkv,
         "causal": {"forward": 9, "backward": 8},
     }  # as at 64K
-    assert bench.best_rates(ceilings, 8192) == {"qkv": qkv}
+    assert kernels.best_rates(ceilings, 8192) == {"qkv": qkv}
 
 
 def test_rows_of_tries_the_next_mode_and_keeps_to_it(monkeypatch):
@@ -134,8 +155,8 @@ def test_rows_of_tries_the_next_mode_and_keeps_to_it(monkeypatch):
             raise RuntimeError("two\nlines")
         return {"seconds": 1.0}
 
-    monkeypatch.setattr(bench, "measure_row", measure_row)
-    rows = list(bench.rows_of("ours", model, bench.TINY, [256, 32, 64, 128], "auto"))
+    monkeypatch.setattr(speed, "measure_row", measure_row)
+    rows = list(speed.rows_of("ours", model, TINY, [256, 32, 64, 128], "auto"))
     assert tried == [
         (32, "none"),
         (64, "none"),
@@ -146,7 +167,7 @@ def test_rows_of_tries_the_next_mode_and_keeps_to_it(monkeypatch):
     ]
     assert [row["recompute"] for row in rows] == ["none", "attention", "all", "all"]
     assert rows[-1]["error"] == "RuntimeError: two"
-    (row,) = bench.rows_of("ours", model, bench.TINY, [64], "none")
+    (row,) = speed.rows_of("ours", model, TINY, [64], "none")
     assert row == {
         "model": "ours",
         "row": "64",
@@ -157,11 +178,11 @@ def test_rows_of_tries_the_next_mode_and_keeps_to_it(monkeypatch):
 
 
 def test_rows_are_parsed():
-    assert bench.parse_rows("100, 16x4K,1m") == [(1, 100), (16, 4096), (1, 1024 * 1024)]
-    assert [bench.length(S) for S in (100, 4096, 1024 * 1024)] == ["100", "4K", "1M"]
+    assert report.parse_rows("100, 16x4K,1m") == [(1, 100), (16, 4096), (1, 1024 * 1024)]
+    assert [report.length(S) for S in (100, 4096, 1024 * 1024)] == ["100", "4K", "1M"]
     for wrong in "4Q", "", "0", "4K,,8K", "-1", "x4K", "0x4K":
-        with pytest.raises(bench.argparse.ArgumentTypeError, match="no list of lengths"):
-            bench.parse_rows(wrong)
+        with pytest.raises(argparse.ArgumentTypeError, match="no list of lengths"):
+            report.parse_rows(wrong)
 
 
 def test_errors_of_a_group():
@@ -173,7 +194,7 @@ def test_errors_of_a_group():
         "blocks.0.attention.sinks": torch.tensor([3.0, 1.0]),
         "blocks.1.attention.sinks": torch.tensor([0.0, 4.0]),
     }
-    assert bench.relative_errors(measured, truth) == {"sinks": pytest.approx(1 / 5)}
+    assert accuracy.relative_errors(measured, truth) == {"sinks": pytest.approx(1 / 5)}
     names = [
         "blocks.13.attention.qkv.bias",
         "blocks.2.attention.qkv.weight",
@@ -182,28 +203,37 @@ def test_errors_of_a_group():
     ]
     names += ["blocks.0.mlp.gate_up_weight", "blocks.0.attention_norm.weight"]
     ones = dict.fromkeys(names, torch.ones(1))
-    assert list(bench.relative_errors(ones, ones)) == ["qkv", "gate_up", "norm", "attention_norm"]
+    assert list(accuracy.relative_errors(ones, ones)) == [
+        "qkv",
+        "gate_up",
+        "norm",
+        "attention_norm",
+    ]
 
 
 @pytest.mark.skipif(
-    bench.DEVICE.type != "cpu",
+    DEVICE.type != "cpu",
     reason="counts operations on the CPU; a GPU's kernels are counted instead",
 )
 def test_the_backward_belongs_to_the_room_of_its_forward():
     x, w, v = (torch.randn(512, 512, requires_grad=True) for _ in range(3))
 
     def step():
-        y = bench.in_room(bench.REST, lambda: bench.in_room(bench.EXPERTS, torch.mm)(x, w).tanh())()
-        bench.in_room(bench.LOSS, torch.mm)(y, v).sum().backward()
+        y = profiling.labelled(
+            profiling.REST, lambda: profiling.labelled(profiling.EXPERTS, torch.mm)(x, w).tanh()
+        )()
+        profiling.labelled(profiling.LOSS, torch.mm)(y, v).sum().backward()
 
     step()
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         step()
-    rooms, kernels = bench.time_by_room(profiler.events())
+    parts, kernels = profiling.time_by_part(profiler.events())
     (matmuls,) = (ms for name, ms, count in kernels if name == "aten::mm" and count == 6)
-    assert rooms[bench.EXPERTS] + rooms[bench.LOSS] >= matmuls
-    assert min(rooms[bench.EXPERTS], rooms[bench.LOSS]) > matmuls / 4  # half of the matmuls each
-    assert sum(rooms.values()) == pytest.approx(sum(ms for _, ms, _ in kernels))
+    assert parts[profiling.EXPERTS] + parts[profiling.LOSS] >= matmuls
+    assert (
+        min(parts[profiling.EXPERTS], parts[profiling.LOSS]) > matmuls / 4
+    )  # half of the matmuls each
+    assert sum(parts.values()) == pytest.approx(sum(ms for _, ms, _ in kernels))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -222,18 +252,18 @@ def test_rows_floor_and_plot(run, tmp_path):
         ("transformers", 48),
         ("transformers", 96),
     ]
-    config = bench.replace(bench.TINY, num_hidden_layers=3)
+    config = replace(TINY, num_hidden_layers=3)
     for row in results["rows"]:
         assert "error" not in row, row["error"]
         assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["seconds"])
         assert row["tflops"] == pytest.approx(
-            config.flops_per_token(row["tokens"]) * row["tokens_per_second"] / 1e12
+            flops_per_token(config, row["tokens"]) * row["tokens_per_second"] / 1e12
         )
-        rates = bench.best_rates(results["ceilings"], row["tokens"])
+        rates = kernels.best_rates(results["ceilings"], row["tokens"])
         assert row["share_of_matmul"] == pytest.approx(row["tflops"] / rates["matmul"]["forward"])
         if row["model"] == "ours":
             assert row["recompute"] == "none" and row["floor"] == pytest.approx(
-                bench.floor(config, row["tokens"], rates)
+                kernels.floor(config, row["tokens"], rates)
             )
             assert (
                 row["distance"] == pytest.approx(row["seconds"] / sum(row["floor"].values()))
@@ -250,8 +280,16 @@ def test_rows_floor_and_plot(run, tmp_path):
 
 
 def test_training_on_two_ranks(tmp_path):
-    arguments = ["bench.py", f"--out={tmp_path}", "--rows=4x32,64", "--layers=1"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *arguments]
+    arguments = [f"--out={tmp_path}", "--rows=4x32,64", "--layers=1"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "-m",
+        "bench",
+        *arguments,
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "train.json").read_text())
@@ -259,11 +297,11 @@ def test_training_on_two_ranks(tmp_path):
     assert (several["row"], several["sp"], several["tokens"]) == ("4 x 32", 1, 128)
     assert (one["row"], one["sp"], one["tokens"]) == ("1 x 64", 2, 64)
     assert done.stdout.count("4 x 32") == 1, "the first rank alone prints"
-    config = bench.replace(bench.TINY, num_hidden_layers=1)
+    config = replace(TINY, num_hidden_layers=1)
     for row in several, one:
         assert row["tokens_per_second"] == pytest.approx(row["tokens"] / 2 / row["seconds"])
         assert row["tflops"] == pytest.approx(
-            config.flops_per_token(row["sequence"]) * row["tokens_per_second"] / 1e12
+            flops_per_token(config, row["sequence"]) * row["tokens_per_second"] / 1e12
         )
         assert row["share_of_matmul"] == pytest.approx(row["tflops"] / results["matmul"])
         assert 0 < row["optimizer_seconds"] < row["seconds"]
@@ -295,13 +333,13 @@ def test_least_recomputation(needs, chosen, monkeypatch):
             + 20 * (not offload)
         )
 
-    monkeypatch.setattr(bench, "GPU", True)
+    monkeypatch.setattr(training, "GPU", True)
     monkeypatch.setattr(
-        bench.torch.cuda,
+        torch.cuda,
         "get_device_properties",
         lambda device: types.SimpleNamespace(total_memory=100),
     )
-    found = bench.least_recomputation(
+    found = training.least_recomputation(
         types.SimpleNamespace(recompute="auto", keep_blocks=None), 3, peak
     )
     assert tuple(found.values()) == chosen
@@ -312,7 +350,7 @@ def test_least_recomputation(needs, chosen, monkeypatch):
         ("attention", 2),
     ):  # too large, and left as it is
         options = types.SimpleNamespace(**dict(zip(("recompute", "keep_blocks"), given)))
-        found = bench.least_recomputation(options, 3, lambda **settings: 1000)
+        found = training.least_recomputation(options, 3, lambda **settings: 1000)
         assert tuple(found.values()) == (given[0], given[1] or 0, False)
 
 
@@ -334,13 +372,13 @@ def test_training_ends_when_a_rank_is_out_of_memory(tmp_path, monkeypatch, capsy
         "LOCAL_RANK": 0,
     }.items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(bench.os, "_exit", leave)
-    monkeypatch.setattr(bench, "training_step", training_step)
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(training, "training_step", training_step)
     try:
         with pytest.raises(SystemExit):
             bench.main([f"--out={tmp_path}", "--rows=3x32,64", "--layers=1"])
     finally:
-        bench.dist.destroy_process_group()
+        dist.destroy_process_group()
     assert "3 x 32: out of memory on rank 0" in capsys.readouterr().out
     (row,) = json.loads((tmp_path / "train.json").read_text())["rows"]
     assert row["error"] == "out of memory" and row["tokens"] == 96
@@ -357,20 +395,20 @@ def test_training_ends_when_a_rank_is_out_of_memory(tmp_path, monkeypatch, capsy
     ],
 )
 def test_exposed_communication(communication, computation, alone):
-    assert bench.exposed(communication, computation) == alone
+    assert training.exposed(communication, computation) == alone
 
 
 def test_profile(run, tmp_path):
     printed, results = run("--profile", "--rows=64", "--recompute=all", name="profile")
-    rooms = results["rooms_ms"]
-    assert rooms.keys() == {
-        bench.ATTENTION,
-        bench.PROJECTIONS,
-        bench.EXPERTS,
-        bench.LOSS,
-        bench.REST,
+    parts = results["parts_ms"]
+    assert parts.keys() == {
+        profiling.ATTENTION,
+        profiling.PROJECTIONS,
+        profiling.EXPERTS,
+        profiling.LOSS,
+        profiling.REST,
     }
-    assert all(ms > 0 for ms in rooms.values()) and len(results["kernels"]) == 20
+    assert all(ms > 0 for ms in parts.values()) and len(results["kernels"]) == 20
     assert results["rows"][0]["recompute"] == "all" and "attention" in printed
     assert (tmp_path / "trace.json.gz").read_bytes().startswith(b"\x1f\x8b")
 
@@ -389,7 +427,7 @@ def test_deterministic_sees_a_difference(run, monkeypatch):
     tokens = lambda config, S: torch.randint(
         512, (1, S), generator=torch.Generator().manual_seed(next(seeds))
     )  # noqa: E731
-    monkeypatch.setattr(bench, "random_tokens", tokens)
+    monkeypatch.setattr(determinism, "random_tokens", tokens)
     _, results = run("--deterministic=true", "--rows=16", name="deterministic")
     assert {"loss", "embedding.weight", "blocks.1.attention.sinks"} <= set(results["different"])
 
@@ -399,7 +437,7 @@ def test_deterministic_sees_a_difference(run, monkeypatch):
 def test_accuracy(dtype, run, monkeypatch):
     """In fp32 both errors vanish: the weights were copied right, gradients renamed right, and the losses are the same."""
     pytest.importorskip("transformers", reason="the errors are compared with transformers'")
-    monkeypatch.setattr(bench, "DTYPE", dtype)
+    monkeypatch.setattr(accuracy, "DTYPE", dtype)
     printed, results = run("--accuracy", name="accuracy")
     ours, theirs = results["errors"]["ours"], results["errors"]["transformers"]
     assert (
@@ -424,9 +462,9 @@ def test_accuracy(dtype, run, monkeypatch):
         (["--layers=0"], "num_hidden_layers=0 must be a positive int"),
         (["--accuracy", "--against=transformers"], "--accuracy runs on one GPU"),
         (["--accuracy", "--rows=1"], "2 tokens or more"),
-        (["--rows=2x4K"], "start bench.py by torchrun"),
+        (["--rows=2x4K"], "start it by torchrun"),
         (["--profile", "--accuracy"], "not allowed with"),
-        (["--plot", "--out=nowhere"], "nowhere/bench.json does not exist: run bench.py first"),
+        (["--plot", "--out=nowhere"], "nowhere/bench.json does not exist: run `python -m bench`"),
     ],
 )
 def test_wrong_options(arguments, message, capsys):

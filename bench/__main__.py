@@ -1,0 +1,211 @@
+"""How fast, how large, how exact: the measurements behind the README's tables and plots.
+
+    python -m bench                          # forward + backward, 4K … 128K tokens; ceilings
+    python -m bench --against=transformers   # and transformers on the same rows
+    torchrun --nproc_per_node 2 -m bench     # full training steps, 16 x 4K … 1M tokens
+    python -m bench --fast=false --rows=4K   # the definitions of model.py, fast twins off
+    python -m bench --ablation               # what each optimisation is worth
+    python -m bench --profile --rows=32K     # where a step's time goes; a trace for ui.perfetto.dev
+    python -m bench --accuracy               # bf16 error, ours and transformers', against fp32
+    python -m bench --deterministic=true     # are two runs equal to the bit, and what it costs
+    python -m bench --curves                 # losses on one rank, at sp 2 and dp 2; docs/curves.png
+    python -m bench --plot                   # docs/bench.png from what an earlier run wrote
+
+Run it in the repository's folder. Nothing is downloaded: weights and tokens are random.
+`--layers=4` fits a small card; without a GPU a tiny model stands in. Every row prints as soon as it
+is known. FLOPs are model FLOPs (loop/budget.py); bench/kernels.py explains ceilings and floors.
+"""
+
+import os
+
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as in train.py
+
+import argparse
+import sys
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import fast
+from bench import ablation, accuracy, curves, determinism, kernels, plots, profiling, speed
+from bench.common import GPU, TINY, K
+from bench.report import Results, length, machine, parse_rows, say
+from model import GPTOSSConfig
+
+# name: (sections in this order, default rows on a GPU, on a CPU, default layers on a GPU, on a CPU)
+COMMANDS = {
+    "bench": ([kernels.section, speed.section], "4K,8K,16K,32K,64K,128K", "64,128", 24, 2),
+    "train": ([], "16x4K,32K,64K,128K,256K,512K,1M", "4x32,64", 24, 2),  # see measure()
+    "ablation": ([ablation.section], "8K,32K", "64", 6, 2),
+    "profile": ([profiling.section], "8K", "128", 24, 2),
+    "accuracy": ([accuracy.section], "4K", "64", 2, 2),
+    "deterministic": ([determinism.section], "8K", "128", 24, 2),
+}
+
+
+OPTIONS = {  # of a measurement
+    "rows": (
+        {"type": parse_rows, "metavar": "8K,16x4K"},
+        "rows of the table: lengths, under torchrun also numbers of sequences; default: all above",
+    ),
+    "layers": (
+        {"type": int, "metavar": "N"},
+        "layers of the model; default the 20b's 24, for --ablation 6, for --accuracy 2",
+    ),
+    "recompute": (
+        {"choices": ["auto", "none", "attention", "all"], "default": "auto"},
+        "auto: the least that fits; under torchrun by the dry run's arithmetic",
+    ),
+    "keep_blocks": (
+        {"type": int, "metavar": "N"},
+        "torchrun: final blocks that recompute nothing; default as many as should fit",
+    ),
+    "against": ({"choices": ["transformers"]}, "measure it on the same rows, after ours"),
+    "fast": (
+        {"choices": ["true", "false"], "default": "true"},
+        "false: the definitions of model.py, without their fast twins",
+    ),
+    "sp": (
+        {"type": int, "metavar": "N"},
+        "torchrun: ranks per sequence; default all if there is only one sequence",
+    ),
+    "optimizer": (
+        {"choices": ["fp32", "split", "bf16"], "default": "split"},
+        "torchrun: as in train.py",
+    ),
+    "out": (
+        {"type": Path, "default": Path("runs/bench"), "metavar": "DIR"},
+        "where results go, as JSON; default runs/bench",
+    ),
+}
+KINDS = {  # of measurements, one at a time
+    "ablation": ({"action": "store_true"}, "a step with one optimisation off, for each"),
+    "profile": (
+        {"action": "store_true"},
+        "where the time of one step goes, by part of the model and kernel, and a trace",
+    ),
+    "accuracy": (
+        {"action": "store_true"},
+        "error of bf16 against fp32, ours and transformers'",
+    ),
+    "deterministic": (
+        {"choices": ["true", "false"], "default": "false"},
+        "run a row twice; compare to the bit; state the cost",
+    ),
+    "plot": (
+        {"type": Path, "nargs": "?", "const": Path("docs/bench.png"), "metavar": "PNG"},
+        "draw DIR/bench.json as docs/bench.png",
+    ),
+}
+
+
+def refuse(parser, message):
+    """End with the message, printed by the first rank."""
+    if os.environ.get("RANK", "0") == "0":
+        parser.error(message)
+    raise SystemExit(2)
+
+
+def check_ranks(options, parser):
+    """Refuse rows that do not divide among the ranks."""
+    from bench.training import ranks_per_sequence
+
+    ranks = int(os.environ["WORLD_SIZE"])
+    for sequences, S in options.rows:
+        n = ranks_per_sequence(options, ranks, sequences)
+        row = f"{sequences}x{length(S)}"
+        if n < 1 or ranks % n or S % n or S > K * K:
+            message = f"sp must divide the {ranks} ranks and the length, at most 1M"
+            refuse(parser, f"{row} at sp={n}: {message}")
+        if options.sp is None and sequences % (ranks // n):
+            groups = ranks // n
+            refuse(parser, f"{row}: the sequences must divide among {groups} groups of ranks")
+
+
+def measure(options, parser):
+    deterministic, torchrun = options.deterministic == "true", "RANK" in os.environ
+    chosen = [kind for kind in ("ablation", "profile", "accuracy") if getattr(options, kind)]
+    name = chosen[0] if chosen else "deterministic" if deterministic else "bench"
+    if name != "bench" and (torchrun or options.against):
+        parser.error(f"--{name} runs on one GPU, without torchrun and without --against")
+    name = "train" if torchrun else name
+    sections, on_gpu, on_cpu, *layers = COMMANDS[name]
+    options.rows = options.rows or parse_rows(on_gpu if GPU else on_cpu)
+    if torchrun:
+        from bench import training
+
+        sections = [training.section]
+        check_ranks(options, parser)
+    if any(S < 2 for _, S in options.rows):
+        refuse(parser, "--rows: sequences have at least 2 tokens, because the last has no target")
+    if options.keep_blocks is not None and options.keep_blocks < 0:
+        refuse(parser, f"--keep_blocks={options.keep_blocks}: 0 or more")
+    if not torchrun:
+        if any(sequences > 1 for sequences, _ in options.rows):
+            launch = "torchrun --nproc_per_node 2 -m bench"
+            parser.error(f"--rows: several sequences are for training: start it by {launch}")
+        options.rows = [S for _, S in options.rows]
+    if options.layers is None:
+        options.layers = layers[0 if GPU else 1]
+    try:
+        config = replace(GPTOSSConfig() if GPU else TINY, num_hidden_layers=options.layers)
+    except ValueError as error:
+        parser.error(f"--layers: {error}")
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    if GPU and torchrun:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+
+    path = options.out / f"{name}.json"
+    results = Results(path, machine=machine(), layers=options.layers, ceilings=[], rows=[])
+    bare = "device", "dtype", "date"
+    known = results["machine"].items()
+    say(", ".join(f"{value}" if key in bare else f"{key} {value}" for key, value in known))
+    if GPU:
+        say(f"gpt-oss-20b's sizes, {options.layers} layers, random weights and tokens")
+    else:
+        tiny = f"a tiny model of {options.layers} layers"
+        say(f"no GPU: {tiny} shows what this does, and its speeds mean nothing")
+    if options.fast == "false":
+        results.save(fast=False)
+        say("by definition: the fast twins are off")
+    with fast.plain() if options.fast == "false" else nullcontext():
+        for section in sections:
+            section(options, config, results)
+    say(f"\nresults: {results.path}")
+
+
+def main(arguments=None):
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for name, (settings, meaning) in OPTIONS.items():
+        parser.add_argument(f"--{name}", help=meaning, **settings)
+    kinds = parser.add_mutually_exclusive_group()
+    for name, (settings, meaning) in KINDS.items():
+        kinds.add_argument(f"--{name}", help=meaning, **settings)
+    parser.add_argument("--curves", action="store_true", help="must come first; then train.py's")
+    try:
+        if arguments[:1] == ["--curves"]:
+            return curves.main(arguments[1:])
+        options = parser.parse_args(arguments)
+        if options.curves:
+            parser.error("--curves must come first, and train.py's arguments follow it")
+        if options.plot:
+            return plots.plot(options.out / "bench.json", options.plot)
+        measure(options, parser)
+    except torch.OutOfMemoryError:
+        raise SystemExit(
+            "error: this GPU is too small for this: give fewer --layers, or shorter --rows"
+        ) from None
+    except ImportError as error:
+        raise SystemExit(f"error: {error}: pip install {error.name}") from None
+
+
+if __name__ == "__main__":
+    main()
