@@ -8,73 +8,36 @@ Prints how much longer the step takes after each change, and how much more memor
 to runs/bench/ablation.json. Without a GPU a tiny model shows that it runs, and its times mean
 nothing."""
 
-from contextlib import ExitStack, contextmanager
 from unittest.mock import PropertyMock, patch
 
 import fast
-import model as gptoss
+import model as gptoss  # noqa: F401, defines the pairs
 from bench.common import GPU
 from bench.report import say_row
 from bench.speed import build_ours, rows_of
 
-MUST_COMPILE = "flex_sink_attention"  # not compiled, FlexAttention makes S x S scores
+ATTENTION = {"flex_sink_attention", "cudnn_sink_attention"}  # uncompiled, Flex makes S x S scores
+LEAVES = fast.SWITCHES - fast.PAIRS.keys() - ATTENTION
 
 
-def is_fused(value):
-    return getattr(value, "__code__", None) is fast.fused(is_fused).__code__
-
-
-def fused_leaves():
-    """{(module, name)} of all @fused functions that can run as written."""
-    return {
-        (module, name)
-        for module in (gptoss, fast)
-        for name, value in vars(module).items()
-        if is_fused(value) and name != MUST_COMPILE
-    }
-
-
-@contextmanager
-def uncompiled():
-    """Every @fused leaf runs as written, also as the fast twin of a definition."""
-    with ExitStack() as stack:
-        for module, name in fused_leaves():
-            leaf = getattr(module, name)
-            stack.enter_context(patch.object(module, name, leaf.__wrapped__))
-        pairs = {
-            name: (definition, twin.__wrapped__)
-            for name, (definition, twin) in fast.PAIRS.items()
-            if is_fused(twin)
-        }
-        stack.enter_context(patch.dict(fast.PAIRS, pairs))
-        yield
+def off(*names):
+    return lambda: fast.plain(*names)
 
 
 def size(**sizes):
     return lambda: patch.multiple(fast, **sizes)
 
 
-def without_cudnn():
-    return patch.object(fast, "cudnn_refuses", lambda *_: "it is left out")
-
-
 def replayed_in_full():
-    """A recomputed block runs the same the second time: nothing that only its output needs is
-    skipped."""
+    """A recomputed block runs twice the same, also what only its output needs."""
     never = PropertyMock(return_value=False)
     return patch.object(fast.Recompute, "replaying", never, create=True)
 
 
-def pair_off(name):
-    return lambda: fast.plain(name)
-
-
-# (what is changed, recompute, context)
-PAIRS_OFF = [(f"{name} by definition", "none", pair_off(name)) for name in fast.PAIRS]
-CHANGES = [
-    *PAIRS_OFF,
-    ("leaves as written, not compiled", "none", uncompiled),
-    ("FlexAttention on full layers, not cuDNN", "none", without_cudnn),
+CHANGES = [  # (what is changed, recompute, context)
+    *((f"{name} by definition", "none", off(name)) for name in fast.PAIRS),
+    ("leaves as written, not compiled", "none", off(*LEAVES)),
+    ("FlexAttention on full layers, not cuDNN", "none", off("cudnn_sink_attention")),
     ("recomputed blocks run in full", "all", replayed_in_full),
     ("LOSS_TOKENS = 1024", "none", size(LOSS_TOKENS=1024)),
     ("LOSS_TOKENS = 4096", "none", size(LOSS_TOKENS=4096)),

@@ -155,13 +155,9 @@ def section(options, config, results):
         replicas=1,
         optimizer=options.optimizer,
     )
-    say(
-        f"\nFull training steps on {ranks} ranks, optimizer {options.optimizer}; speeds are one GPU's"
-    )
-    say(
-        f"of matmul: of {ceiling:.4g} TFLOP/s; communication: a profiled step's share in which only"
-    )
-    say("NCCL's kernels run")
+    say(f"\nFull training steps on {ranks} ranks, optimizer {options.optimizer}; speeds of one GPU")
+    say(f"of matmul: of {ceiling:.4g} TFLOP/s")
+    say("communication: a profiled step's share in which only NCCL's kernels run")
     say_row(COLUMNS)
     for sequences, S in options.rows:
         n = ranks_per_sequence(options, ranks, sequences)

@@ -202,9 +202,9 @@ def arithmetic(options, config, parameters, ranks):
     micro_batches = options.batch_size // groups // options.micro_batch
     flops = flops_per_token(config, options.seq_len)
     again = recomputed_flops(config, options.seq_len, options.recompute, options.keep_blocks)
-    more = f", and {again / flops:.0%} more to recompute activations" if again else ""
+    more = f", and {again / flops:.0%} more for what is recomputed" if again else ""
     return (
-        f"{parameters:,} parameters, optimizer {options.optimizer}: "
+        f"{parameters:,} parameters, optimizer {options.optimizer} at "
         f"{sum(BYTES[options.optimizer])} bytes each\n"
         f"{tokens:,} tokens a step = {count(micro_batches, 'micro-batch', 'es')} x "
         f"{count(groups, 'group')} (sp {options.sp}) x {count(options.micro_batch, 'sequence')} x "

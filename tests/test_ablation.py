@@ -1,18 +1,25 @@
-"""ablation.py: what it puts in the place of an optimisation computes the same. Compiled leaves and cuDNN are a GPU's: on a CPU
-these two changes change nothing."""
+"""bench/ablation.py: each change computes the same as the model, and each does change what runs.
+
+Compiled leaves and cuDNN exist only on a GPU: on a CPU these two changes have no effect."""
 
 import re
 
 import pytest
-from ablation import CHANGES, LEAVES, main
+import torch
 from common import assert_all_close, batch, gradients, noise_, tiny_config
 from conftest import ROOT
 
+import fast
+from bench import __main__ as bench
+from bench import ablation
+from bench.ablation import CHANGES
 from model import GPTOSS
+
+SIZES = {"hidden_size": 24, "intermediate_size": 16}  # that every fast twin can take
 
 
 def outcome(recompute):
-    config = tiny_config()
+    config = tiny_config(**SIZES)
     tokens, targets = batch(config, 2, 30)
     model = noise_(GPTOSS(config, recompute))
     loss = model(tokens, targets)
@@ -28,13 +35,56 @@ def test_a_change_computes_the_same(what, recompute, change):
     assert_all_close(actual, expected, 1e-5)
 
 
-def test_leaves_are_all_that_is_compiled():
-    compiled = re.findall(r"^@fused\ndef (\w+)", (ROOT / "model.py").read_text(), re.MULTILINE)
-    assert sorted([*LEAVES, "flex_sink_attention"]) == sorted(compiled)
+@pytest.mark.parametrize("name", fast.PAIRS)
+def test_a_pair_off_runs_its_definition(name, monkeypatch):
+    """Its fast twin is not called, and the others are."""
+    called = set()
+
+    def watched(name, twin):
+        def call(*args):
+            called.add(name)
+            return twin(*args)
+
+        return call
+
+    for other, (definition, twin) in list(fast.PAIRS.items()):
+        monkeypatch.setitem(fast.PAIRS, other, (definition, watched(other, twin)))
+    outcome("none")
+    everything = set(called)
+    called.clear()
+    with ablation.off(name)():
+        outcome("none")
+    assert name not in called
+    assert everything - called <= {name}, "the other fast twins run"
 
 
-def test_it_prints_a_row_each(tmp_path, capsys):
-    main(["--rows=32", f"--out={tmp_path}"])
+def test_leaves_are_what_is_compiled():
+    """All that is @fused, but FlexAttention, which must be."""
+    sources = (ROOT / "model.py").read_text() + (ROOT / "fast.py").read_text()
+    marked = re.findall(r"^@fused\ndef (\w+)", sources, re.MULTILINE)
+    assert sorted([*ablation.LEAVES, "flex_sink_attention"]) == sorted(set(marked))
+
+
+def test_recomputed_blocks_run_in_full(monkeypatch):
+    """The second run then computes the experts' output, which the fast one skips."""
+    lengths = []
+    grouped_mm = torch.nn.functional.grouped_mm
+
+    def watched(*args, **kwargs):
+        lengths.append(1)
+        return grouped_mm(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", watched)
+    outcome("all")
+    usual = len(lengths)
+    with ablation.replayed_in_full():
+        outcome("all")
+    assert len(lengths) - usual > usual
+
+
+def test_it_prints_a_row_for_each_change(tmp_path, capsys):
+    bench.main(["--ablation", "--rows=32", f"--out={tmp_path}"])
     lines = capsys.readouterr().out.splitlines()
     assert all(any(line.startswith(what) for line in lines) for what, *_ in CHANGES)
+    assert sum(line.startswith("none") for line in lines) == 3  # nothing changed, three recomputes
     assert (tmp_path / "ablation.json").exists()
