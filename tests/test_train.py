@@ -275,7 +275,7 @@ def test_metrics_and_lines(home, printed):
         line for output in printed.values() for line in output.splitlines() if "Warning" in line
     ]
     assert (
-        "128 tokens a step = 2 micro-batches x 2 groups of sp 1 x 1 rows x 32 tokens"
+        "128 tokens a step = 2 micro-batches x 2 groups (sp 1) x 1 sequence x 32 tokens"
         in printed["two"]
     )
 
@@ -404,7 +404,7 @@ def test_dry_run(home):
     parameters = sum(p.numel() for p in fresh_model(tiny_options()).parameters())
     assert f"{parameters:,} parameters, optimizer fp32 at 16 bytes each" in text
     assert (
-        "2 micro-batches x 2 groups of sp 2 x 1 rows x 32 tokens" in text
+        "2 micro-batches x 2 groups (sp 2) x 1 sequence x 32 tokens" in text
         and "GiB  peak of each of 4 GPUs" in text
     )
     assert "FLOPs, if each row is one document\n" in text, "nothing is recomputed"
