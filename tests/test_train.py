@@ -407,7 +407,7 @@ def test_dry_run(home):
         "2 micro-batches x 2 groups (sp 2) x 1 sequence x 32 tokens" in text
         and "GiB  peak of each of 4 GPUs" in text
     )
-    assert "FLOPs, if each row is one document\n" in text, "nothing is recomputed"
+    assert "FLOPs, if each sequence is one document\n" in text, "nothing is recomputed"
     assert not (home / "runs/dry").exists()
 
 
