@@ -90,6 +90,7 @@ class Options(GPTOSSConfig):
     sample: str = option("", "prompt to continue when the run has ended")
     sample_tokens: int = option(200, "tokens of that sample")
     wandb: bool = option(False, "mirror the metrics to Weights & Biases")
+    fast: bool = option(True, "the fast twins of fast.py; false: the model's plain definitions")
     dry_run: bool = option(False, "print what the run will need, per GPU, and leave; needs no GPU")
     ranks: int = option(1, "ranks of a dry run, where torchrun does not say")
     deterministic: bool = option(False, "bitwise the same on every run, and slower")
@@ -257,18 +258,6 @@ def check_ranks(options, config, ranks):
         raise ValueError(
             f"sp={options.sp} must divide num_attention_heads={heads}, and divide num_key_value_heads={kv_heads} "
             f"or be a multiple of it"
-        )
-
-
-def check_same_run(folder, was, now):
-    """ValueError if the run in `folder` cannot go on from a state of a run `was`: names and values of what may not change."""
-    if changed := [
-        f"{k} was {was.get(k)!r} and is {now.get(k)!r}"
-        for k in {**was, **now}
-        if was.get(k) != now.get(k)
-    ]:
-        raise ValueError(
-            f"{folder} cannot go on with other settings: {', '.join(changed)}; --name=... starts another run"
         )
 
 

@@ -1,8 +1,11 @@
-"""The saved states of a training run. A state is what the run's ranks hold, one file a rank, written by
-torch.distributed.checkpoint, which hands it back to any number of ranks; state.json beside the files has the plain numbers and
-every file's size and checksum.
+"""The saved states of a training run.
+
+A state is what the ranks hold, one file per rank, written by torch.distributed.checkpoint, which
+hands it back to any number of ranks. state.json beside the files has the plain numbers, and the
+size and checksum of every file.
 """
 
+import dataclasses
 import json
 import shutil
 import time
@@ -11,21 +14,83 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from weights import first_rank, publish
 
 
+@dataclasses.dataclass
+class Progress:
+    """How far a run has come."""
+
+    step: int = 0  # steps done
+    updates: int = 0  # of which updated the weights
+    skipped: int = 0  # updates skipped in a row until now
+
+
+# what may not change when a run goes on, beside the model's sizes and the data
+FIXED = ("data", "seed", "seq_len", "batch_size", "long_documents", "optimizer")
+
+
+def identity(options, config, data):
+    """What makes a run this run: a state of one is not continued by another."""
+    same = {name: getattr(options, name) for name in FIXED}
+    return dataclasses.asdict(config) | same | {"tokens in data": data.tokens}
+
+
+def trained(model):
+    """{name: parameter} of the parameters that require a gradient."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def fill_state(optimizer):
+    """Let an optimizer that makes its state in the first step make it now, so that a saved state
+    has somewhere to go: a step with gradients and learning rates of zero changes no weight."""
+    if optimizer.state:
+        return
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0 * group["lr"]
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+    optimizer.step()
+    optimizer.zero_grad()
+    for group, rate in zip(optimizer.param_groups, rates):
+        group["lr"] = rate
+    count_updates(optimizer, 0)
+
+
+def count_updates(optimizer, updates):
+    """Tell an optimizer that counts them, for each parameter as Adam does, how many came before."""
+    for state in optimizer.state.values():
+        if torch.is_tensor(count := state.get("step")):
+            count.fill_(updates)
+
+
+def training_state(model, optimizer):
+    """{name: tensor} of all that a resumed run needs: trained parameters, the optimizer's state."""
+    tensors = {name: p.detach() for name, p in trained(model).items()}
+    for name, p in trained(model).items():
+        for key, value in optimizer.state[p].items():
+            if torch.is_tensor(value) and key != "step":
+                tensors[f"{key}.{name}"] = value
+    return tensors
+
+
 class States:
-    """The saved states of a run: folders `step-00000100` in `folder`, of which the last `keep` stay.
+    """The saved states of a run: folders step-00000100 in `folder`, of which the last `keep` stay.
 
-    save() copies the tensors to host memory and returns; a thread writes them while training goes on. What goes wrong on one
-    rank is an OSError on all."""
+    save() copies the tensors to host memory and returns; a thread writes them while training goes
+    on. What goes wrong on one rank is an OSError on all."""
 
-    def __init__(self, folder, keep):
-        self.folder, self.keep, self.pending = Path(folder), keep, None
-        # the thread's own, because its messages must not mix with the loop's; and patient, while the first rank reads checksums
+    def __init__(self, folder, keep, model, optimizer, identity):
+        self.folder, self.keep, self.identity = Path(folder), keep, identity
+        self.optimizer, self.tensors = optimizer, training_state(model, optimizer)
+        self.pending = None
+        # The thread's own group, because its messages must not mix with the loop's; and a patient
+        # one, because the first rank reads checksums.
         self.group = dist.new_group(backend="gloo", timeout=timedelta(minutes=30))
         self.thread = ThreadPoolExecutor(1)
         if first_rank():
@@ -36,11 +101,11 @@ class States:
         """The folders of complete states, the oldest first."""
         return sorted(self.folder.glob("step-*")) if self.folder.exists() else []
 
-    def save(self, step, tensors, numbers):
-        """Save {name: DTensor} and a dict of numbers for JSON as the state after `step` steps. Returns the seconds it stalled.
-        OSError if this state's folder cannot be made, or the previous state could not be written."""
+    def save(self, at):
+        """Save the state after `at.step` steps. Returns the seconds for which training waited.
+        OSError if its folder cannot be made, or if the previous state could not be written."""
         self.wait()
-        start, folder = time.perf_counter(), self.folder / f"step-{step:08d}"
+        start, folder = time.perf_counter(), self.folder / f"step-{at.step:08d}"
         aside, failure = folder.with_name(f".{folder.name}.partial"), None
         if first_rank():
             try:
@@ -49,20 +114,20 @@ class States:
                 failure = f"cannot save {folder}: {error}"
         self.agree(failure)  # and no rank writes before the folder is there
         writer = dcp.HuggingFaceStorageWriter(path=str(aside), save_distributed=True)
-        written = dcp.async_save(tensors, storage_writer=writer, process_group=self.group)
+        written = dcp.async_save(self.tensors, storage_writer=writer, process_group=self.group)
+        numbers = dataclasses.asdict(at) | {"identity": self.identity}
         self.pending = self.thread.submit(self._publish, written, aside, folder, numbers)
         return time.perf_counter() - start
 
     def _publish(self, written, aside, folder, numbers):
-        """Make the state visible once all ranks have written it. Returns what went wrong, or None."""
+        """Make a state visible once all ranks have written it. Returns what went wrong, or None."""
         try:
             written.result()
             if first_rank():
                 files = sorted(aside.glob("*.safetensors"))
                 with ThreadPoolExecutor() as pool:
-                    numbers["files"] = dict(
-                        zip((file.name for file in files), pool.map(fingerprint, files))
-                    )
+                    prints = pool.map(fingerprint, files)
+                    numbers["files"] = dict(zip((file.name for file in files), prints))
                 (aside / "state.json").write_text(json.dumps(numbers, indent=2) + "\n")
                 publish(aside, folder)
                 for old in self.complete()[: -self.keep]:
@@ -70,54 +135,67 @@ class States:
         except (OSError, dcp.CheckpointException) as error:
             if first_rank():
                 shutil.rmtree(aside, ignore_errors=True)
-            causes = {
-                str(cause): rank for rank, (cause, _) in getattr(error, "failures", {}).items()
-            }
+            failures = getattr(error, "failures", {}).items()
+            causes = {str(cause): rank for rank, (cause, _) in failures}
             reason = "; ".join(f"rank {rank}: {cause}" for cause, rank in causes.items()) or error
             return f"cannot save {folder}: {reason}"
 
     def wait(self):
-        """Wait until the state that is being written, if any, is complete. OSError if it could not be written."""
+        """Wait until the state that is being written, if any, is complete. OSError if it could not
+        be written."""
         if self.pending:
             failure, self.pending = self.pending.result(), None
             self.agree(failure)
 
     def agree(self, failure):
-        """OSError on all ranks if on the first rank there is a failure."""
+        """OSError on all ranks if there is a failure on the first one."""
         told = [failure]
         dist.broadcast_object_list(told, src=0, group=self.group)
         if told[0]:
             raise OSError(told[0])
 
-    def newest(self):
-        """The numbers of the newest undamaged state, on every rank; None if there is no state. ValueError if all are damaged."""
-        found = [self._newest() if first_rank() else None]
-        dist.broadcast_object_list(found, src=0, group=self.group)
-        if isinstance(found[0], str):
-            raise ValueError(found[0])
-        return found[0]
+    def resume(self):
+        """Fill the model and the optimizer from the newest undamaged state. Returns its Progress;
+        None if there is no state. ValueError if all are damaged, or of another run."""
+        numbers = [self._newest() if first_rank() else None]
+        dist.broadcast_object_list(numbers, src=0, group=self.group)
+        (numbers,) = numbers
+        if isinstance(numbers, str):
+            raise ValueError(numbers)
+        if numbers is None:
+            return None
+        check_same_run(self.folder.parent, numbers["identity"], self.identity)
+        at = Progress(**{f.name: numbers.get(f.name, 0) for f in dataclasses.fields(Progress)})
+        reader = dcp.HuggingFaceStorageReader(str(self.folder / f"step-{at.step:08d}"))
+        dcp.load(self.tensors, storage_reader=reader, process_group=self.group)
+        count_updates(self.optimizer, at.updates)
+        return at
 
     def _newest(self):
+        """The numbers of the newest undamaged state, what is wrong if all are damaged, or None."""
         damaged = []
         for folder in reversed(self.complete()):
             numbers, damage = examine(folder)
             if numbers:
                 return numbers
             damaged.append(f"{folder.name} ({damage})")
-            print(
-                f"warning: the state {folder} is damaged ({damage}): trying the one before it",
-                flush=True,
-            )
-        return (
-            f"{self.folder}: all states are damaged, {', '.join(damaged)}: remove the folder to begin again"
-            if damaged
-            else None
-        )
+            warning = f"warning: the state {folder} is damaged ({damage}): trying the one before it"
+            print(warning, flush=True)
+        if damaged:
+            listed = ", ".join(damaged)
+            return f"{self.folder}: all states are damaged, {listed}: remove it to begin again"
+        return None
 
-    def load(self, step, tensors):
-        """Fill {name: DTensor} from the state after `step` steps."""
-        reader = dcp.HuggingFaceStorageReader(str(self.folder / f"step-{step:08d}"))
-        dcp.load(tensors, storage_reader=reader, process_group=self.group)
+
+def check_same_run(folder, was, now):
+    """ValueError if the run in `folder`, whose state has the identity `was`, cannot go on as one
+    with the identity `now`."""
+    names = [name for name in {**was, **now} if was.get(name) != now.get(name)]
+    if names:
+        changed = ", ".join(f"{n} was {was.get(n)!r} and is {now.get(n)!r}" for n in names)
+        raise ValueError(
+            f"{folder} cannot go on with other settings: {changed}; --name=... starts another run"
+        )
 
 
 def fingerprint(path):
@@ -130,7 +208,7 @@ def fingerprint(path):
 
 
 def examine(folder):
-    """(the numbers of a saved state, what is damaged in it or None)"""
+    """(the numbers of a saved state, or None if it is damaged; what is damaged, or None)"""
     try:
         numbers = json.loads((folder / "state.json").read_text())
         kinds = {key: type(numbers[key]) for key in ("step", "updates", "identity", "files")}
@@ -138,18 +216,12 @@ def examine(folder):
             return None, "state.json is not what train.py writes"
         if folder.name != f"step-{numbers['step']:08d}":
             return None, f"state.json is of step {numbers['step']}"
-        if sorted(numbers["files"]) != sorted(path.name for path in folder.glob("*.safetensors")):
+        files = numbers["files"]
+        if sorted(files) != sorted(path.name for path in folder.glob("*.safetensors")):
             return None, "files are missing, or are too many"
         with ThreadPoolExecutor() as pool:
-            found = dict(
-                zip(
-                    numbers["files"],
-                    pool.map(lambda name: fingerprint(folder / name), numbers["files"]),
-                )
-            )
-        if wrong := [
-            name for name, expected in numbers["files"].items() if found[name] != expected
-        ]:
+            found = dict(zip(files, pool.map(lambda name: fingerprint(folder / name), files)))
+        if wrong := [name for name in files if found[name] != files[name]]:
             return None, f"{', '.join(wrong)} has another size or checksum"
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return None, repr(error)

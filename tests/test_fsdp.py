@@ -16,7 +16,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 import torch.distributed as dist
-from common import batch, gradients, noise_, relative, run_ranks, tiny_config
+from common import assert_all_close, batch, gradients, noise_, relative, run_ranks, tiny_config
 from torch.distributed.device_mesh import init_device_mesh
 
 import sp
@@ -175,6 +175,49 @@ def assert_ranks_equal_one(ranks, limits, *arguments, **settings):
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_every_gradient_is_that_of_one_rank(ranks):
     assert_ranks_equal_one(ranks, (1 / 4, 1 / 4), SMALL, 24, "cpu")
+
+
+def logprobs_on_ranks(told):
+    """(logprobs of the whole batch, {every gradient of a weighted sum of them}), as build_model's
+    model gives them and as the plain model on one rank does."""
+    ranks, device = dist.get_world_size(), torch.device("cpu")
+    tokens, targets, documents = whole_batch(SMALL, 2, 24, documents=True)
+    weights = torch.randn(2, 24, generator=torch.Generator().manual_seed(1))
+    plain = noise_(GPTOSS(SMALL))
+    expected = plain.logprobs(tokens, targets, documents)
+    (expected * weights).sum().backward()
+    options = Options(**{**asdict(SMALL), "batch_size": ranks, "recompute": "all", **told})
+    meshes = {
+        names: init_device_mesh("cpu", shape, mesh_dim_names=names)
+        for names, shape in (
+            (("batch", "sp"), (ranks // options.sp, options.sp)),
+            (("replica", "shard"), (1, ranks)),
+        )
+    }
+    sp.init(meshes["batch", "sp"]["sp"])
+    mesh = meshes["replica", "shard"]
+    model = noise_(build_model(options, SMALL, device, mesh, torch.float32))
+    group = dist.get_rank() // options.sp
+    mine = slice(group, group + 1) if options.sp == 1 else slice(None)
+    tokens, targets, documents, weights = sp.shard(
+        *(x[mine] for x in (tokens, targets, documents, weights))
+    )
+    found = model.logprobs(tokens, targets, documents)
+    (found * weights).sum().backward()
+    whole = [torch.empty_like(found) for _ in range(ranks)]
+    dist.all_gather(whole, found.detach())
+    whole = torch.cat(whole, dim=0 if options.sp == 1 else 1)
+    return (
+        {"logprobs": whole} | {n: g.full_tensor() for n, g in gradients(model).items()},
+        {"logprobs": expected.detach()} | gradients(plain),
+    )
+
+
+@pytest.mark.parametrize("told", [{"sp": 1}, {"sp": 2}], ids=["dp 2", "sp 2"])
+def test_logprobs_of_the_sharded_model(told):
+    """FSDP gathers weights around forward(), and around the methods it is told of."""
+    for found, expected in run_ranks(2, logprobs_on_ranks, told):
+        assert_all_close(found, expected, 1e-5)
 
 
 @pytest.mark.gpu

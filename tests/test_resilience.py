@@ -251,7 +251,7 @@ def break_rank_1(rank):
     import train
 
     if rank == 1:
-        good, train.format_line = train.learning_rate, None
+        good = train.learning_rate
         train.learning_rate = lambda options, step: good(options, step) if step < 3 else 1 / 0
 
 

@@ -16,11 +16,15 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 from runs import NO_GPU, TINY, Run, losses, make_home, metrics, train, write_corpus
+from safetensors import safe_open
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+import fast
 import train as loop
 from data import TokenData
+from loop import log
+from loop.budget import flops_of, flops_per_token
 from loop.guards import memory_advice
 from loop.options import Options, model_config, parse
 from model import GPTOSS, IGNORED
@@ -173,6 +177,64 @@ def test_whose_memory_gradients_take(ranks, optimizer):
         assert answers == ([set()] * 3 if copied else [{True}, {False}, {True}])
 
 
+def without_fast_twins(rank):
+    def broken(*_):
+        raise AssertionError("a fast twin ran")
+
+    for name, (definition, _) in fast.PAIRS.items():
+        fast.PAIRS[name] = definition, broken
+
+
+def test_fast_false_runs_the_definitions(home, printed):
+    """Forward, backward and evaluation, with every fast twin broken."""
+    arguments = ("tiny.py", "--name=plain", "--recompute=all", "--eval_every=5", "--steps=5")
+    Run(home, *arguments, "--fast=false", prepare=without_fast_twins).ends_well()
+    assert losses(home, "plain") == pytest.approx(losses(home, "one")[:5], rel=1e-5)
+    broken = Run(home, *arguments[2:], "tiny.py", "--name=broken", prepare=without_fast_twins)
+    assert broken.wait() == [1] and "a fast twin ran" in broken.text()
+
+
+FROZEN = ("embedding.weight", "blocks.0.mlp.down_weight", "blocks.1.attention.sinks")
+
+
+def freeze_some(rank):
+    build = loop.build_model
+
+    def build_model(*arguments):
+        model = build(*arguments)
+        for name in FROZEN:
+            model.get_parameter(name).requires_grad_(False)
+        return model
+
+    loop.build_model = build_model
+
+
+@pytest.mark.parametrize("optimizer", ["fp32", "split"])
+def test_frozen_parameters(home, optimizer):
+    """They get no update, no weight decay, no optimizer state, and are no part of a saved state."""
+    name, resumed = f"frozen-{optimizer}", f"frozen-{optimizer}-again"
+    arguments = ("tiny.py", f"--optimizer={optimizer}", "--steps=6", "--save_every=3")
+    arguments += ("--weight_decay=0.1", "--sp=2")
+    for run in (name, resumed):
+        if run == resumed:
+            copy_run(home, name, resumed, 3)
+        options = (*arguments, f"--name={run}", "--resume=true")
+        Run(home, *options, ranks=2, prepare=freeze_some).ends_well()
+    old = fresh_model(tiny_options()).to(torch.float32 if optimizer == "fp32" else torch.bfloat16)
+    new = GPTOSS.from_checkpoint(home / "runs" / name / "model")
+    for (parameter, p), q in zip(old.named_parameters(), new.parameters()):
+        assert torch.equal(p.float(), q.float()) == (parameter in FROZEN), parameter
+    saved = set()
+    for path in (home / "runs" / name / "states/step-00000006").glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            saved |= set(file.keys())
+    kinds = ("", "exp_avg.", "exp_avg_sq.") + (("rest.",) if optimizer == "split" else ())
+    names = dict(old.named_parameters()).keys() - set(FROZEN)
+    assert saved == {kind + parameter for kind in kinds for parameter in names}
+    assert losses(home, resumed) == losses(home, name)
+    assert_same_weights(home, resumed, name)
+
+
 def test_first_step_against_the_model_alone(home, printed):
     options = tiny_options()
     tokens, targets, documents = whole_batch(home, options, "corpus", range(4))
@@ -262,14 +324,17 @@ def test_metrics_and_lines(home, printed):
     lines = [line for line in printed["two"].splitlines() if re.match(r"step \d+ \| loss", line)]
     assert len(lines) == len(rows) == 50
     for line, row in zip(lines, rows):
-        assert line == loop.format_line(row)
-        assert f"loss {row['loss']:.4f} | norm {row['grad_norm']:.3f} | lr {row['lr']:.2e}" in line
+        assert line == log.format_line(row)
+        assert (
+            f"loss {row['loss']:.4f} | grad norm {row['grad_norm']:.3f} | lr {row['lr']:.2e}"
+            in line
+        )
         assert row["tokens_per_s"] == pytest.approx(4 * 32 / (row["ms"] / 1000))
         assert row["tokens_per_s_per_rank"] == pytest.approx(row["tokens_per_s"] / 2)
         assert row["eta_s"] == pytest.approx(row["ms"] / 1000 * (49 - row["step"]))
         assert row["expert_load"] >= 1
-    assert "memory nearly full, 3 stops so far" in loop.format_line(rows[0] | {"alloc_retries": 3})
-    assert "memory" not in loop.format_line(rows[0] | {"alloc_retries": 0})
+    assert "memory nearly full, 3 stops so far" in log.format_line(rows[0] | {"alloc_retries": 3})
+    assert "memory" not in log.format_line(rows[0] | {"alloc_retries": 0})
     assert "step 49 | held out" in printed["two"]
     assert not [
         line for output in printed.values() for line in output.splitlines() if "Warning" in line
@@ -284,13 +349,13 @@ def test_flops_of_packed_documents():
     """Each piece is a sequence of its own; a later number that comes again is another piece."""
     config = model_config(tiny_options())
     documents = torch.tensor([[0, 0, 0, 1, 1, 2], [0] * 6])
-    expected = sum(n * config.flops_per_token(n) for n in (3, 2, 1, 6))
-    assert loop.flops_of(config, documents) == pytest.approx(expected)
-    assert loop.flops_of(config, documents) < 12 * config.flops_per_token(6)
+    expected = sum(n * flops_per_token(config, n) for n in (3, 2, 1, 6))
+    assert flops_of(config, documents) == pytest.approx(expected)
+    assert flops_of(config, documents) < 12 * flops_per_token(config, 6)
 
 
 def on_a_gpu_of_a_gigaflop(rank):
-    loop.peak_flops = lambda device: 1e9
+    log.peak_flops = lambda device: 1e9
 
 
 @pytest.mark.parametrize("sp", [1, 2])
@@ -305,7 +370,7 @@ def test_mfu(home, sp):
         )
         assert documents.any()
         assert row["mfu"] == pytest.approx(
-            loop.flops_of(config, documents) / (row["ms"] / 1000) / 2 / 1e9
+            flops_of(config, documents) / (row["ms"] / 1000) / 2 / 1e9
         )
 
 
