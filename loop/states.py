@@ -183,7 +183,8 @@ class States:
             print(warning, flush=True)
         if damaged:
             listed = ", ".join(damaged)
-            return f"{self.folder}: all states are damaged, {listed}: remove it to begin again"
+            fix = "remove the folder to begin again"
+            return f"{self.folder}: all states are damaged, {listed}: {fix}"
         return None
 
 
