@@ -304,17 +304,18 @@ def experts(x, chosen, gates, w1, b1, w2, b2, limit):
 
 
 class Router(nn.Linear):
-    """x (N, C) -> chosen (N, k), the experts with the k largest logits, and gates (N, k), the
-    softmax over those k, in fp32."""
+    """x (N, C) -> chosen (N, k), the experts with the k largest logits, or those given, and gates
+    (N, k), the softmax over the logits of those k, in fp32."""
 
     def __init__(self, config):
         super().__init__(config.hidden_size, config.num_experts)
         self.experts_per_token = config.experts_per_token
 
-    def forward(self, x):
+    def forward(self, x, chosen=None):
         logits = router_logits(x, self.weight, self.bias)  # (N, E)
-        top, chosen = logits.topk(self.experts_per_token, dim=-1)
-        return chosen, top.softmax(-1)
+        if chosen is None:
+            chosen = logits.topk(self.experts_per_token, dim=-1).indices
+        return chosen, logits.gather(-1, chosen).softmax(-1)
 
 
 class Experts(nn.Module):
@@ -328,9 +329,9 @@ class Experts(nn.Module):
         self.down_weight = nn.Parameter(torch.empty(E, F, C))
         self.down_bias = nn.Parameter(torch.empty(E, C))
 
-    def forward(self, x):  # (B, S, C)
+    def forward(self, x, chosen=None):  # x (B, S, C), chosen (B, S, k) or None
         tokens = x.flatten(0, 1)  # (N, C)
-        chosen, gates = self.router(tokens)
+        chosen, gates = self.router(tokens, None if chosen is None else chosen.flatten(0, 1))
         gate_up, down = (self.gate_up_weight, self.gate_up_bias), (self.down_weight, self.down_bias)
         return experts(tokens, chosen, gates, *gate_up, *down, self.limit).view_as(x)
 
@@ -343,27 +344,40 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = Experts(config)
 
-    def forward(self, x, cos, sin, attend, remember=None):  # x (B, S, C)
+    def forward(self, x, cos, sin, attend, remember=None, chosen=None):  # x (B, S, C)
         x = x + self.attention(self.attention_norm(x), cos, sin, attend, remember)
-        return x + self.mlp(self.mlp_norm(x))
+        return x + self.mlp(self.mlp_norm(x), chosen)
 
 
 # --------------------------------------------------------------------------------------------------
 # Loss
 
 
-@faster(fast.logprobs)
-def logprobs(x, unembedding, targets):
-    """x (N, C), unembedding (V, C), targets (N) -> log p(target) (N), fp32; 0 where ignored."""
-    logits = wide(x @ unembedding.t())  # (N, V)
+def pick(logits, targets):
+    """logits (N, V), targets (N) -> log p(target) (N), 0 where ignored."""
     picked = logits.log_softmax(-1).gather(1, targets.clamp(min=0)[:, None])[:, 0]
     return picked.masked_fill(targets == IGNORED, 0)
 
 
+@faster(fast.logprobs)
+def logprobs(x, unembedding, targets, temperature):
+    """x (N, C), unembedding (V, C), targets (N) -> log p(target) (N), fp32; 0 where ignored."""
+    return pick(wide(x @ unembedding.t()) / temperature, targets)
+
+
+@faster(fast.logprobs_and_entropy)
+def logprobs_and_entropy(x, unembedding, targets, temperature):
+    """As logprobs, and the entropy of the whole distribution (N), fp32, in nats."""
+    logits = wide(x @ unembedding.t()) / temperature  # (N, V)
+    logp = logits.log_softmax(-1)
+    return pick(logits, targets), -(logp.exp() * logp).sum(-1)
+
+
 @faster(fast.mean_loss)
-def mean_loss(x, unembedding, targets, count):
-    """The mean of -log p(target) over `count` targets, fp32. Shapes as in logprobs."""
-    return -logprobs(x, unembedding, targets).sum() / count
+def mean_loss(x, unembedding, targets, weights, count):
+    """-sum(weights * log p(target)) / count, fp32. weights (N), or None for ones."""
+    picked = logprobs(x, unembedding, targets, 1.0)
+    return -(picked if weights is None else weights * picked).sum() / count
 
 
 # --------------------------------------------------------------------------------------------------
@@ -409,31 +423,66 @@ class GPTOSS(nn.Module):
                 full = torch.empty(parameter.shape, device=device)
                 copy_rows(parameter, full.normal_(0, std, generator=generator))
 
-    def forward(self, tokens, targets=None, documents=None, count=None):
+    def forward(
+        self, tokens, targets=None, documents=None, count=None, *, weights=None, routes=None
+    ):
         """tokens (B, S) int64 -> logits (B, S, V); with targets (B, S), the tokens that follow, the
         loss: fp32, its logits never all in memory.
 
-        The loss is the mean over the targets that are not -100, or their sum over `count`, a 0-d
-        tensor, for a part of a larger batch. documents (B, S): attention never crosses from one
-        number to another. In a sequence-parallel group all are this rank's slices, and the ranks'
-        losses add up to the loss. ValueError for ids outside the vocabulary or wrong shapes."""
+        The loss is the mean of -log p over the targets that are not -100; times weights (B, S) if
+        given, such as advantages; the sum over `count`, a 0-d tensor, for a part of a larger batch.
+        documents (B, S): attention never crosses from one number to another. routes: see `routes`.
+        In a sequence-parallel group all are this rank's slices, and the ranks' losses add up to the
+        loss. ValueError for ids outside the vocabulary or wrong shapes."""
         if targets is None:
-            return self.unembedding(self.features(tokens, documents))
+            return self.unembedding(self.features(tokens, documents, routes=routes))
         self._check(targets, "targets", tokens.shape, IGNORED)
-        x = self.features(tokens, documents)
+        if weights is not None:
+            if weights.shape != tokens.shape:
+                raise ValueError(
+                    f"weights must be of shape {tuple(tokens.shape)}; got {tuple(weights.shape)}"
+                )
+            weights = wide(weights.flatten())
+        x = self.features(tokens, documents, routes=routes).flatten(0, 1)
         if count is None:
             count = sp.all_reduce((targets != IGNORED).sum())
         count = wide(count.clamp(min=1))  # without any target the loss is 0, and so is its gradient
-        return mean_loss(x.flatten(0, 1), self.unembedding.weight, targets.flatten(), count)
+        return mean_loss(x, self.unembedding.weight, targets.flatten(), weights, count)
 
-    def logprobs(self, tokens, targets, documents=None):
+    def logprobs(
+        self, tokens, targets, documents=None, *, temperature=1.0, entropy=False, routes=None
+    ):
         """log p(targets[b, i] | tokens[b, : i + 1]), (B, S) fp32, differentiable; 0 where the
-        target is -100. Arguments and errors as in forward."""
+        target is -100. With entropy=True the pair of that and every position's entropy (B, S) in
+        nats. Both of logits / temperature. Other arguments and errors as in forward."""
         self._check(targets, "targets", tokens.shape, IGNORED)
-        x = self.features(tokens, documents).flatten(0, 1)
-        return logprobs(x, self.unembedding.weight, targets.flatten()).view(targets.shape)
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature={temperature} must be positive")
+        x = self.features(tokens, documents, routes=routes).flatten(0, 1)
+        inputs = x, self.unembedding.weight, targets.flatten(), float(temperature)
+        if not entropy:
+            return logprobs(*inputs).view(targets.shape)
+        return tuple(each.view(targets.shape) for each in logprobs_and_entropy(*inputs))
 
-    def features(self, tokens, documents=None, cache=None):
+    @torch.no_grad()
+    def routes(self, tokens, documents=None):
+        """The experts each layer's router chooses for each token: (layers, B, S, k) int64.
+
+        Given to forward or logprobs as `routes`, they fix the choice, and gradients still flow
+        through the gates: a policy trained on the routes that its samples were drawn with."""
+        found = []
+        hooks = [
+            block.mlp.router.register_forward_hook(lambda _, __, output: found.append(output[0]))
+            for block in self.blocks
+        ]
+        try:
+            self.features(tokens, documents)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.stack(found).unflatten(1, tokens.shape)  # (layers, N, k) -> (layers, B, S, k)
+
+    def features(self, tokens, documents=None, cache=None, routes=None):
         """tokens (B, S) -> (B, S, C), the input of the unembedding. cache: sample.py's
         KeyValueCache, for generation."""
         self._check(tokens, "tokens", tokens.shape)
@@ -447,12 +496,14 @@ class GPTOSS(nn.Module):
                 f"max_position_embeddings={config.max_position_embeddings}"
             )
         if documents is not None:
-            if documents.shape != tokens.shape or documents.is_floating_point():
-                raise ValueError(
-                    f"documents must be integers of shape {tuple(tokens.shape)}; "
-                    f"got {documents.dtype} {tuple(documents.shape)}"
-                )
+            self._check_integers(documents, "documents", tokens.shape)
             documents = sp.gather_sequence(documents)
+        if routes is not None:
+            shape = len(self.blocks), *tokens.shape, config.experts_per_token
+            self._check_integers(routes, "routes", shape)
+            if not 0 <= routes.min() <= routes.max() < config.num_experts:
+                raise ValueError(f"routes must lie in [0, num_experts={config.num_experts})")
+            routes = routes.long()
         x = self.embedding(tokens)  # (B, S, C)
         cos, sin = rope_tables(config, start + sp.positions(s, tokens.device))
         attend = {
@@ -463,7 +514,8 @@ class GPTOSS(nn.Module):
         }
         for layer, block in enumerate(self.blocks):
             remember = functools.partial(cache.extend, layer) if cache else None
-            inputs = x, cos, sin, attend[config.window(layer)], remember
+            chosen = None if routes is None else routes[layer]
+            inputs = x, cos, sin, attend[config.window(layer)], remember, chosen
             kept = self.recompute == "none" or layer >= len(self.blocks) - self.keep_blocks
             if kept or not torch.is_grad_enabled():
                 x = block(*inputs)
@@ -471,6 +523,12 @@ class GPTOSS(nn.Module):
                 keep_attention = self.recompute == "attention"
                 x = fast.recomputed(block, *inputs, keep_attention=keep_attention)
         return self.norm(x)
+
+    def _check_integers(self, x, name, shape):
+        if x.shape != shape or x.is_floating_point():
+            raise ValueError(
+                f"{name} must be integers of shape {tuple(shape)}; got {x.dtype} {tuple(x.shape)}"
+            )
 
     def _check(self, ids, name, shape, other=0):
         """ValueError unless `ids` are (B, S) integers in the vocabulary, or `other`."""

@@ -102,7 +102,8 @@ def build_model(options, config, device, mesh, dtype):
         module.set_force_sum_reduction_for_comms(True)
         if reduced == stored:  # the sums are the gradients: activations may use their memory too
             module.set_custom_reduce_scatter(ReduceScatter(module, device))
-    register_fsdp_forward_method(model, "logprobs")  # FSDP gathers weights for forward() alone
+    for method in ("logprobs", "routes"):  # FSDP gathers weights for forward() alone
+        register_fsdp_forward_method(model, method)
     model.to_empty(device=device)
     if options.checkpoint:
         load_weights(model, options.checkpoint)

@@ -34,7 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fast
 import model as model_module
 from fast import block_mask
-from loop.log import watch_expert_load
+from loop.log import watch_experts
 from model import GPTOSS, IGNORED, dense_attention
 
 # --------------------------------------------------------------------------------------------------
@@ -69,10 +69,16 @@ CASES = {  # definition's name: {case: inputs}. A pair without a case is an erro
         "all on one": experts_case(17, 1, [3]),
         "one token, every expert": experts_case(1, 7),
     },
-    "logprobs": {"": loss_case(), "none counted": loss_case(slice(None))},
+    "logprobs": {
+        "": loss_case(last=[1.0]),
+        "none counted": loss_case(slice(None), [1.0]),
+        "temperature": loss_case(last=[0.6]),
+    },
+    "logprobs_and_entropy": {"": loss_case(last=[1.0]), "temperature": loss_case(last=[1.7])},
     "mean_loss": {
-        "": loss_case(last=[torch.tensor(27.0)]),
-        "none counted": loss_case(slice(None), [torch.tensor(1.0)]),
+        "": loss_case(last=[None, torch.tensor(27.0)]),
+        "none counted": loss_case(slice(None), [None, torch.tensor(1.0)]),
+        "weights": loss_case(last=[normal(37, seed=7), torch.tensor(27.0)]),
     },
 }
 ALL_CASES = [(name, case) for name in CASES for case in CASES[name]]
@@ -83,9 +89,9 @@ def test_every_pair_has_a_case():
     assert CASES.keys() == fast.PAIRS.keys()
 
 
-def is_gate(name, place):
-    """Gates and counts are fp32 whatever the dtype of the model."""
-    return (name, place) in (("experts", 2), ("mean_loss", 3))
+def is_fp32(name, place):
+    """Gates, weights and counts are fp32 whatever the dtype of the model."""
+    return (name, place) in (("experts", 2), ("mean_loss", 3), ("mean_loss", 4))
 
 
 def outcome(name, function, inputs, dtype, device="cpu", recomputed=False, frozen=()):
@@ -95,7 +101,7 @@ def outcome(name, function, inputs, dtype, device="cpu", recomputed=False, froze
         if torch.is_tensor(x):
             x = x.to(device, copy=True)
             if x.is_floating_point():
-                keep = is_gate(name, place) and dtype != torch.float64
+                keep = is_fp32(name, place) and dtype != torch.float64
                 x = x.to(torch.float32 if keep else dtype)
                 x.requires_grad_(place not in frozen and x.dim() > 0)
         leaves.append(x)
@@ -103,10 +109,11 @@ def outcome(name, function, inputs, dtype, device="cpu", recomputed=False, froze
         out = fast.recomputed(function, *leaves, keep_attention=False)
     else:
         out = function(*leaves)
-    grad = normal(*out.shape, seed=6).to(device, out.dtype)
-    out.backward(grad)
-    grads = {i: x.grad for i, x in enumerate(leaves) if torch.is_tensor(x) and x.requires_grad}
-    return {"out": out.detach(), **grads}
+    outs = out if isinstance(out, tuple) else (out,)
+    grads = [normal(*o.shape, seed=6 + i).to(device, o.dtype) for i, o in enumerate(outs)]
+    torch.autograd.backward(outs, grads)
+    found = {i: x.grad for i, x in enumerate(leaves) if torch.is_tensor(x) and x.requires_grad}
+    return {"out": torch.stack(outs).detach(), **found}
 
 
 def exact(name, inputs, device="cpu"):
@@ -156,7 +163,7 @@ def test_frozen_inputs_get_no_gradient_and_change_no_other(name):
     """Each input frozen alone: LoRA's base, for example."""
     inputs = next(iter(CASES[name].values()))
     truth = exact(name, inputs)
-    for place in truth.keys() - {"out"}:
+    for place in sorted(truth.keys() - {"out"}):
         actual = outcome(name, fast.PAIRS[name][1], inputs, torch.float32, frozen=[place])
         assert place not in actual
         assert_all_close(actual, {k: v for k, v in truth.items() if k != place}, 1e-5)
@@ -195,8 +202,10 @@ def test_a_second_derivative_is_the_definitions(name):
                   for x in next(iter(CASES[name].values()))]  # fmt: skip
         wanted = [x.requires_grad_() for x in leaves if torch.is_tensor(x) and x.dim() > 0
                   and x.is_floating_point()]  # fmt: skip
-        out = function(*leaves)
-        grads = torch.autograd.grad(out, wanted, torch.ones_like(out), create_graph=True)
+        outs = function(*leaves)
+        outs = outs if isinstance(outs, tuple) else (outs,)
+        ones = [torch.ones_like(out) for out in outs]
+        grads = torch.autograd.grad(outs, wanted, ones, create_graph=True)
         norm = sum(g.square().sum() for g in grads)
         found = torch.autograd.grad(norm, wanted, allow_unused=True)
         return {i: g for i, g in enumerate(found) if g is not None}
@@ -588,7 +597,7 @@ def test_experts_run_no_more_often_than_they_must(recompute, runs, monkeypatch):
 
     monkeypatch.setattr(fast.F, "grouped_mm", counted)
     model = noise_(GPTOSS(tiny_config(), recompute))
-    watch_expert_load(model)
+    watch_experts(model)
     model(*batch(model.config, 2, 9)).backward()
     assert len(calls) == runs * 3  # layers
     loads = [block.mlp.router.load for block in model.blocks]
@@ -646,7 +655,7 @@ class Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("what", ["loss", "loss without gradient", "logprobs", "logits"])
+@pytest.mark.parametrize("what", ["loss", "loss without gradient", "logprobs", "entropy", "logits"])
 def test_logits_never_exist_whole(what, monkeypatch):
     monkeypatch.setattr(fast, "LOSS_TOKENS", 32)
     B, S, V, C = 10, 21, 1500, 12
@@ -658,8 +667,9 @@ def test_logits_never_exist_whole(what, monkeypatch):
         elif what == "loss without gradient":
             with torch.no_grad():
                 model(tokens, targets)
-        elif what == "logprobs":
-            model.logprobs(tokens, targets).sum().backward()
+        elif what in ("logprobs", "entropy"):
+            found = model.logprobs(tokens, targets, entropy=what == "entropy")
+            sum(torch.as_tensor(x).sum() for x in found).backward()
         else:
             model(tokens)  # the measurement sees them where they are
     few_rows = 32 * V  # more than the parameters and their gradients: V C
