@@ -1,294 +1,280 @@
-"""Text or chat -> token files, and the reader that turns them into sequences to train on.
+"""Text and chats to token files, and the reader that packs them into sequences to train on.
 
-    python data.py one.txt two.txt --out data/books                   # .txt: one document a file
-    python data.py corpus.jsonl --out data/corpus --seq_len=8192      # .jsonl: {"text": …} or {"messages": […]} a line
-    python data.py corpus.jsonl --out data/corpus --tokenizer=bytes   # 256 bytes and an end: nothing to download
+    python data.py one.txt two.txt --out data/books                    # a .txt is one document
+    python data.py chats.jsonl --out data/chats --val=0.01             # a record a line
+    python data.py --mix web.parquet=2 chats.jsonl=1 --out data/mixed  # by share of the tokens
+    python data.py owner/name:train --out data/name                    # a data set of the Hub
+    python data.py chats.jsonl --show=3                                # what is trained on, marked
+    python data.py --help
 
-A corpus is a folder of flat little-endian arrays, which training maps instead of loading:
-
-    tokens.bin     uint32  the tokens of every document, one after the other
-    documents.bin  uint64  where each document starts in that stream, and where the last one ends
-    counted.bin    uint8   1 where the loss counts the token as a target
-    meta.json              {"tokenizer", "vocab_size", "documents", "tokens", "counted"}
-
-`TokenData` packs whole documents into sequences of seq_len tokens. "pydoc" and "pydoc-val" are corpora without a folder: the
-language reference that ships inside every Python, as bytes.
-
-The vocabulary is tiktoken's o200k_harmony; chats are rendered by https://github.com/openai/harmony.
+sources.py says what is read, records.py which formats of chats, corpus.py how a corpus lies on the
+disk. `TokenData` packs its documents into sequences of seq_len tokens.
 """
 
 import argparse
 import bisect
-import functools
-import json
-import multiprocessing
+import contextlib
+import itertools
 import os
 import shutil
-import signal
-from collections import defaultdict
+import sys
+from array import array
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from chat import render_chat
-from tokenizer import TOKENIZERS, ByteTokenizer, HarmonyTokenizer, get_tokenizer
+from corpus import Writer, copy_documents, open_corpus, open_folder
+from encode import encode_all
+from folders import Aside
+from sources import find_files, read_documents
+from tokenizer import TOKENIZERS, HarmonyTokenizer, get_tokenizer
 
 IGNORED = -100  # a target that the loss does not count, as in model.py
+SHOWN = 2000  # tokens of a document that --show prints
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Writing a corpus
 
 
-def encode_text(text, tokenizer):
-    if not isinstance(text, str) or not text:
-        raise ValueError("the text is empty" if text == "" else '"text" must be a string')
-    text.encode(
-        "utf-8"
-    )  # half a surrogate pair, which JSON can hold, is no text: a UnicodeEncodeError
-    tokens = np.array(tokenizer.encode(text) + [tokenizer.end], np.uint32)
-    return tokens, np.ones(len(tokens), bool)
+class Report:
+    """What is worth telling of the documents that were encoded."""
 
+    def __init__(self, say, skip_bad):
+        self.say, self.skip_bad, self.bad, self.notes = say, skip_bad, 0, Counter()
 
-def encode_document(document, tokenizer_name):
-    """(file, line number or None, bytes) -> tokens (uint32), counted (bool), number of bytes."""
-    path, number, content = document
-    tokenizer, where = get_tokenizer(tokenizer_name), path if number is None else f"{path}:{number}"
-    try:
-        text = content.decode("utf-8-sig")  # a byte order mark is no part of the text
-        record = {"text": text} if number is None else json.loads(text)
-        if not isinstance(record, dict) or ("text" in record) == ("messages" in record):
-            raise ValueError('needs a JSON object with either "text" or "messages"')
-        encoded = (
-            encode_text(record["text"], tokenizer)
-            if "text" in record
-            else render_chat(record["messages"], tokenizer)
-        )
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
-    except (ValueError, RecursionError) as error:  # Unicode errors are ValueErrors
-        raise ValueError(f"{where}: {error}") from error
-    return *encoded, len(content)
+    def skip(self, error):
+        self.bad += 1
+        if self.bad > self.skip_bad:
+            raise ValueError(error)
+        self.say(f"skipped {error}")
 
+    def lines(self, history):
+        found = defaultdict(list)
+        for (kind, detail), number in sorted(self.notes.items()):
+            found[kind].append((detail, number))
 
-def read_documents(paths):
-    for path in paths:
-        with open(path, "rb") as file:
-            if path.lower().endswith(".txt"):
-                yield path, None, file.read()
-            else:
-                yield from (
-                    (path, number, line)
-                    for number, line in enumerate(file, start=1)
-                    if line.strip()
-                )
+        def listed(kind):
+            return ", ".join(f"{detail} ({number:,})" for detail, number in found[kind])
 
-
-def write_corpus(paths, out, tokenizer_name="o200k_harmony"):
-    """Encode files into the folder `out`, on all cores; it appears when it is whole. Returns its meta.json.
-
-    ValueError with the file and line of what cannot be a document, OSError for what cannot be read or written."""
-    out = os.path.normpath(out)
-    for path in paths:
-        if not path.lower().endswith((".txt", ".jsonl")):
-            raise ValueError(
-                f"{path}: needs to be a .txt (one document) or a .jsonl (one document a line)"
+        if found["ignored"]:
+            yield f"columns that are no part of the text, ignored: {listed('ignored')}"
+        if found["control"]:
+            yield (
+                "warning: documents with control tokens as text, which stay text: "
+                f"{listed('control')}: if chats were rendered already, give them as messages"
             )
-        open(path, "rb").close()  # missing or unreadable: now, not after hours
-    if os.path.lexists(out):
-        raise ValueError(f"--out={out}: is there already: remove it or choose another name")
+        for _, turns in found["history"]:
+            kept = (
+                "is kept and trained on; in use, prompts hold none: see --history=drop"
+                if history == "keep"
+                else "is left out, as in use; their answers are not trained on"
+            )
+            yield f"history={history}: the reasoning of {turns:,} earlier turns {kept}"
+        for _, number in found["nothing"]:
+            yield f"warning: {number:,} chats have no answer to train on"
+        if self.bad:
+            yield f"{self.bad:,} documents skipped"
+
+
+def choose_held_out(hashes, share):
+    """Which documents are kept aside (bool). A document's tokens alone decide, so equal ones stay
+    together, and documents that are added later move none. At least one is, and not all."""
+    held_out = hashes < np.uint64(share * 2**64)
+    if not held_out.any():
+        held_out = hashes == hashes.min()
+    if held_out.all():
+        raise ValueError(f"--val={share}: no document is left to train on")
+    return held_out
+
+
+def repeat(lengths, hashes, source_of, weights):
+    """Documents, by number, of which each source has its weight's share of the tokens.
+
+    Each document occurs at least once: a source that is short of its share is repeated, first as a
+    whole, then in part, in the order of the hashes."""
+    tokens = np.bincount(source_of, lengths, len(weights))
+    wanted = np.array(weights) * np.max(tokens / weights)
+    chosen = []
+    for source, want in enumerate(wanted):
+        mine = np.flatnonzero(source_of == source)
+        if not len(mine):
+            raise ValueError(f"--mix: source {source + 1} has no document to train on")
+        times = int(want // tokens[source])
+        chosen += [mine] * times
+        by_hash = mine[np.argsort(hashes[mine], kind="stable")]
+        rest = want - times * tokens[source]
+        chosen.append(np.sort(by_hash[np.cumsum(lengths[by_hash]) <= rest + 0.5]))
+    return np.concatenate(chosen)
+
+
+def write_corpus(
+    paths,
+    out,
+    tokenizer_name=HarmonyTokenizer.name,
+    *,
+    weights=None,
+    history="keep",
+    val=0,
+    max_records=None,
+    skip_bad=0,
+    separator=None,
+    ignore=(),
+    say=lambda text: None,
+):
+    """Encode files into the folder `out`, which appears when it is whole. Returns its meta.json.
+
+    weights: of each path, see `repeat`. history, ignore: see chat.render_record. val: share of the
+    documents that goes to the folder OUT-val. max_records: of all paths, or of each if they have
+    weights. skip_bad: how many documents may be bad; `say` gets a line for each, and for all else
+    worth telling. separator: between the documents of a .txt.
+
+    ValueError with the file and line of what cannot be a document, OSError for what cannot be read
+    or written."""
+    out = os.path.normpath(out)
+    sources = [find_files(path) for path in paths]
     tokenizer = get_tokenizer(
         tokenizer_name
-    )  # loaded, perhaps downloaded, once: before there are workers
-    encode = functools.partial(encode_document, tokenizer_name=tokenizer_name)
-    size = sum(os.path.getsize(path) for path in paths)
+    )  # loaded, perhaps downloaded, before there are workers
+    meta = {"tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size, "history": history}
+    if weights is not None:
+        meta["mix"] = dict(zip(paths, weights))
+    else:
+        sources = [list(itertools.chain(*sources))]
+    size = sum(os.path.getsize(path) for files in sources for _, path in files)
     workers = min(os.cpu_count(), 1 + (size >> 20))
-    meta = {
-        "tokenizer": tokenizer.name,
-        "vocab_size": tokenizer.vocab_size,
-        "documents": 0,
-        "tokens": 0,
-        "counted": 0,
-    }
-    partial = f"{out}.partial-{os.getpid()}"
-    try:
-        os.makedirs(partial)
+    settings = {"tokenizer": tokenizer_name, "history": history, "ignore": tuple(ignore)}
+    report, source_of = Report(say, skip_bad), array("L")
+    with Aside(out) as folder, Aside(f"{out}-val") if val else contextlib.nullcontext() as aside:
+        whole = folder if not val and weights is None else folder / "whole"
+        whole.mkdir(exist_ok=True)
         with (
-            open(f"{partial}/tokens.bin", "wb") as tokens_file,
-            open(f"{partial}/documents.bin", "wb") as documents_file,
-            open(f"{partial}/counted.bin", "wb") as counted_file,
-            # Ctrl-C is for this process alone to answer.
-            multiprocessing.Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool,
+            Writer(whole, meta) as writer,
             tqdm(total=size, unit="B", unit_scale=True, desc=out) as bar,
         ):
-            documents_file.write(np.array(0, "<u8"))
-            for tokens, counted, bytes_read in pool.imap(
-                encode, read_documents(paths), chunksize=32
-            ):
-                meta["documents"] += 1
-                meta["tokens"] += len(tokens)
-                meta["counted"] += int(counted.sum())
-                tokens_file.write(tokens.astype("<u4"))
-                counted_file.write(counted.astype("u1"))
-                documents_file.write(np.array(meta["tokens"], "<u8"))
-                bar.update(bytes_read)
-        if not meta["documents"]:
+            for number, files in enumerate(sources):
+                documents = read_documents(files, separator, bar.update)
+                documents = itertools.islice(documents, max_records)
+                for _, result in encode_all(documents, workers, **settings):
+                    if isinstance(result, str):
+                        report.skip(result)
+                        continue
+                    tokens, counted, notes = result
+                    report.notes.update(notes)
+                    writer.add(tokens, counted)
+                    source_of.append(number)
+        if not writer.documents:
             raise ValueError(f"{', '.join(paths)}: no document, only blank lines")
-        Path(partial, "meta.json").write_text(json.dumps(meta) + "\n")
-        os.rename(partial, out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        if whole is not folder:
+            hashes, source_of = np.array(writer.hashes), np.array(source_of)
+            held_out = choose_held_out(hashes, val) if val else np.zeros(len(hashes), bool)
+            chosen = np.flatnonzero(~held_out)
+            if weights is not None:
+                lengths = np.diff(np.fromfile(whole / "documents.bin", "<u8").astype(np.int64))
+                rest = repeat(lengths[chosen], hashes[chosen], source_of[chosen], weights)
+                chosen = chosen[rest]
+                for line in describe_mix(paths, lengths, source_of, chosen):
+                    say(line)
+            if val:
+                copied = copy_documents(whole, np.flatnonzero(held_out), aside, meta)
+                say(f"{out}-val: {copied['documents']:,} documents kept aside by --val={val}")
+            meta = copy_documents(whole, chosen, folder, meta)
+            shutil.rmtree(whole)
+        else:
+            meta = writer.meta
+    for line in report.lines(history):
+        say(line)
     return meta
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Opening a corpus
-
-
-def open_pydoc(held_out):
-    """Every 20th topic of Python's language reference, or what the others say that these do not, as bytes."""
-    from pydoc_data.topics import topics
-
-    texts = [topics[name] for name in sorted(topics)]
-    kept = texts[::20]
-    if not held_out:
-        # Topics quote one another at length: what a held-out one says leaves the others too, or training would see it.
-        seen = {" ".join(part.split()) for text in kept for part in text.split("\n\n")}
-        kept = [
-            "\n\n".join(part for part in text.split("\n\n") if " ".join(part.split()) not in seen)
-            for text in texts
-        ]
-    encoded = [encode_text(text, ByteTokenizer())[0] for text in kept if text]
-    tokens, documents = np.concatenate(encoded), np.cumsum([0, *map(len, encoded)])
-    return ByteTokenizer, tokens, documents, np.ones(len(tokens), "u1")
-
-
-def map_array(path, dtype, length):
-    size, expected = path.stat().st_size, length * np.dtype(dtype).itemsize
-    if size != expected:
-        raise ValueError(
-            f"{path}: {size} bytes where meta.json promises {expected}: copy or encode the corpus again"
+def describe_mix(paths, lengths, source_of, chosen):
+    total, before = lengths[chosen].sum(), np.bincount(source_of, minlength=len(paths))
+    for number, path in enumerate(paths):
+        mine = chosen[source_of[chosen] == number]
+        times = len(mine) / max(before[number], 1)
+        yield (
+            f"{path}: {lengths[mine].sum() / total:.1%} of the tokens, "
+            f"{times:.3g} times each of {before[number]:,} documents"
         )
-    return np.memmap(path, dtype, mode="r")
 
 
-def open_corpus(path):
-    """The tokenizer's class, tokens, documents (int64) and counted of a built-in corpus or of a folder, checked."""
-    if path in ("pydoc", "pydoc-val"):
-        return open_pydoc(held_out=path == "pydoc-val")
-    folder = Path(path)
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        tokenizer, length, count = (
-            TOKENIZERS[meta["tokenizer"]],
-            int(meta["tokens"]),
-            int(meta["documents"]),
-        )
-        if min(length, count) < 1:
-            raise ValueError(f"{folder / 'meta.json'}: the corpus is empty")
-        tokens = map_array(folder / "tokens.bin", "<u4", length)
-        counted = map_array(folder / "counted.bin", "u1", length)
-        # int64 for arithmetic: offsets past 2**63 turn negative, and fail the check below
-        documents = np.array(map_array(folder / "documents.bin", "<u8", count + 1)).astype(np.int64)
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"{error.filename}: no such file. A corpus is a folder that `python data.py corpus.jsonl --out {path}` writes, "
-            f"or one of pydoc, pydoc-val"
-        ) from None
-    except (KeyError, TypeError, RecursionError, UnicodeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{folder / 'meta.json'}: is not what data.py writes ({error!r}): encode the corpus again"
-        ) from error
-    if documents[0] != 0 or documents[-1] != length or (np.diff(documents) <= 0).any():
-        raise ValueError(
-            f"{folder / 'documents.bin'}: must rise from 0 to {length}: encode the corpus again"
-        )
-    if (highest := tokens.max()) >= tokenizer.vocab_size:  # read from end to end, but never held
-        raise ValueError(
-            f"{folder / 'tokens.bin'}: token {highest} is outside {tokenizer.name}'s {tokenizer.vocab_size}"
-        )
-    return tokenizer, tokens, documents, counted
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Sequences to train on
 
 
 def pack(lengths, seq_len, generator):
-    """The row of each piece (lengths 1 to seq_len), and the number of rows: best-fit decreasing.
+    """The sequence of each piece (of length 1 to seq_len), and the number of sequences: best-fit
+    decreasing.
 
-    The longest pieces go first, each into the fullest row that has room, or else into a new one; which of the pieces of one
-    length meet is for the generator to draw. A million pieces take about two seconds."""
+    The longest pieces go first, each into the fullest sequence that has room, or else into a new
+    one; the generator draws which of the pieces of one length meet. A million pieces take about two
+    seconds."""
     order = generator.permutation(len(lengths))
     order = order[np.argsort(-lengths[order], kind="stable")]
     sequence_of, num_sequences = np.empty(len(lengths), np.int64), 0
-    rooms, sequences_with = (
-        [],
-        defaultdict(list),
-    )  # the rooms left in rows, ascending; room -> its rows
+    rooms = []  # room left in some sequence, ascending
+    with_room = defaultdict(list)  # room -> the sequences that have it
     for piece, length in zip(order.tolist(), lengths[order].tolist()):
         fullest = bisect.bisect_left(rooms, length)
         if fullest == len(rooms):
             sequence, room, num_sequences = num_sequences, seq_len, num_sequences + 1
         else:
             room = rooms[fullest]
-            sequence = sequences_with[room].pop()
-            if not sequences_with[room]:
+            sequence = with_room[room].pop()
+            if not with_room[room]:
                 del rooms[fullest]
         sequence_of[piece] = sequence
         if room := room - length:
-            if not sequences_with[room]:
+            if not with_room[room]:
                 bisect.insort(rooms, room)
-            sequences_with[room].append(sequence)
+            with_room[room].append(sequence)
     return sequence_of, num_sequences
 
 
 class TokenData:
-    """A corpus as an endless series of rows, of which row i depends on the corpus, seq_len, seed and i alone.
+    """A corpus as an endless series of sequences. Sequence i depends only on the corpus, seq_len,
+    the seed and i.
 
-    Rows are packed once, by the seed; epoch e takes all of them in an order drawn by (seed, e). A document of n tokens is
-    n - 1 pairs of a token and the next. More than seq_len pairs are cut into rows and a rest ("cut": no pair is lost, only
-    the context before a cut), or left out ("drop").
+    Sequences are packed once, by the seed; epoch e takes all of them in an order drawn by (seed,
+    e). A document of n tokens is n - 1 pairs of a token and the next. One of more than seq_len
+    pairs is cut into pieces of seq_len and a rest ("cut": no pair is lost, only the context before
+    a cut), or left out ("drop").
 
-    Public: sequences_per_epoch; documents, tokens: of the whole corpus; counted: targets an epoch trains on; padding: share of an
-    epoch's places that hold none; dropped: documents left out; tokenizer: its name; vocab_size."""
+    Public: sequences_per_epoch; documents, tokens: of the whole corpus; counted: targets an epoch
+    trains on; padding: share of an epoch's places that hold no pair; dropped: documents left out;
+    tokenizer: its name; vocab_size; identity: a text that differs where the corpus does."""
 
     def __init__(self, path, seq_len, *, seed=0, long_documents="cut", vocab_size=None):
-        """`vocab_size` is the model's: ValueError when the corpus was encoded with a larger vocabulary."""
+        """`vocab_size` is the model's: ValueError if the corpus was encoded with a larger one."""
         for name, value, least in (("seq_len", seq_len, 2), ("seed", seed, 0)):
             if type(value) is not int or value < least:
                 raise ValueError(f"{name}={value!r}: needs a whole number, {least} or more")
         if long_documents not in ("cut", "drop"):
             raise ValueError(
-                f'long_documents={long_documents!r}: choose "cut" (into pieces of seq_len) or "drop"'
+                f'long_documents={long_documents!r}: choose "cut" (into pieces) or "drop"'
             )
-        tokenizer, self.stream, documents, self.counted_stream = open_corpus(path)
+        opened = open_corpus(path)
+        tokenizer, self.stream, documents, self.counted_stream, self.identity, targets = opened
         self.path, self.seq_len, self.seed = path, seq_len, seed
         self.tokenizer, self.vocab_size = tokenizer.name, tokenizer.vocab_size
         if vocab_size is not None and self.vocab_size > vocab_size:
             raise ValueError(
-                f"{path}: encoded by {self.tokenizer} with a vocabulary of {self.vocab_size}, but the model has "
-                f"vocab_size={vocab_size}: encode it with another --tokenizer, or train another model"
+                f"{path}: encoded by {self.tokenizer} with a vocabulary of {self.vocab_size}, but "
+                f"the model has vocab_size={vocab_size}: encode it with another --tokenizer, or "
+                "train another model"
             )
 
-        starts, ends = documents[:-1], documents[1:]
-        pairs = ends - starts - 1
+        starts, pairs = documents[:-1], np.diff(documents) - 1
         used = (pairs <= seq_len) | (long_documents == "cut")
         self.documents, self.tokens, self.dropped = len(pairs), len(self.stream), int((~used).sum())
-        in_dropped = sum(
-            np.count_nonzero(self.counted_stream[a + 1 : b])
-            for a, b in zip(starts[~used], ends[~used])
-        )
-        no_targets = np.count_nonzero(
-            self.counted_stream[starts]
-        )  # a document's first token is none
-        self.counted = np.count_nonzero(self.counted_stream) - no_targets - in_dropped
+        self.counted = int(targets[used].sum())
         if not self.counted:
             raise ValueError(
-                f"{path}: no target is left to train on with seq_len={seq_len} and long_documents={long_documents!r} "
-                f"({self.dropped} of {self.documents} documents dropped): use more data or a larger seq_len"
+                f"{path}: no target is left to train on with seq_len={seq_len} and "
+                f"long_documents={long_documents!r} ({self.dropped} of {self.documents} documents "
+                "dropped): use more data or a larger seq_len"
             )
 
         starts, pairs = starts[used], pairs[used]
@@ -300,80 +286,176 @@ class TokenData:
         by_sequence = np.argsort(sequence_of, kind="stable")
         self.piece_starts = (np.repeat(starts, pieces) + offsets)[by_sequence]
         self.piece_lengths = lengths[by_sequence]
-        self.sequence_starts = np.searchsorted(
+        self.first_pieces = np.searchsorted(  # of each sequence, in the two above
             sequence_of[by_sequence], np.arange(self.sequences_per_epoch + 1)
-        )  # in the two above
+        )
         self.padding = 1 - int(lengths.sum()) / (self.sequences_per_epoch * seq_len)
         self.epoch, self.epoch_order = None, None
 
     def describe(self):
         return (
-            f"{self.path}: {self.documents:,} documents, {self.tokens:,} tokens ({self.tokenizer}), {self.counted:,} counted; "
-            f"{self.sequences_per_epoch:,} sequences of {self.seq_len:,}, {self.padding:.2%} padding, {self.dropped:,} documents dropped"
+            f"{self.path}: {self.documents:,} documents, {self.tokens:,} tokens "
+            f"({self.tokenizer}), {self.counted:,} counted; {self.sequences_per_epoch:,} sequences "
+            f"of {self.seq_len:,}, {self.padding:.2%} padding, {self.dropped:,} documents dropped"
         )
 
     def pieces(self, index):
-        """Start in the stream and length of each piece in row `index` of the endless series."""
+        """Where each piece of sequence `index` starts in the stream, and its length."""
         epoch, place = divmod(int(index), self.sequences_per_epoch)
         if epoch != self.epoch:
             order = np.random.default_rng([self.seed, epoch]).permutation(self.sequences_per_epoch)
             self.epoch, self.epoch_order = epoch, order
         sequence = self.epoch_order[place]
-        pieces = slice(self.sequence_starts[sequence], self.sequence_starts[sequence + 1])
+        pieces = slice(self.first_pieces[sequence], self.first_pieces[sequence + 1])
         return self.piece_starts[pieces], self.piece_lengths[pieces]
 
     def batch(self, indices):
-        """Rows by their numbers (0, 1, …, any order) -> tokens, targets, documents, each (len(indices), seq_len) int64.
+        """Sequences by their numbers (0, 1, ..., in any order) -> tokens, targets, documents, each
+        (len(indices), seq_len) int64. OSError if the corpus can no longer be read.
 
-        targets[b, i] is the token after tokens[b, i], -100 where the loss does not count it and on padding, which comes last.
-        documents[b, i] numbers the pieces of a row from 0. Padding has the number of the last one, which cannot see it: a row
-        of one piece is all zeros, and needs no mask but the causal one."""
+        targets[b, i] is the token after tokens[b, i]; -100 where the loss does not count it, and on
+        padding, which comes last. documents[b, i] numbers the pieces of a sequence from 0. Padding
+        has the number of the last piece, which cannot see it: a sequence of one piece is all zeros,
+        and needs no mask but the causal one."""
         shape = (len(indices), self.seq_len)
         tokens, documents = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         targets = np.full(shape, IGNORED, np.int64)
         for b, index in enumerate(indices):
-            starts, lengths = self.pieces(index)
-            firsts = np.cumsum(lengths) - lengths  # the place of each piece in the row
-            filled = lengths.sum()
-            where = np.arange(filled) + np.repeat(starts - firsts, lengths)  # in the stream
-            tokens[b, :filled] = self.stream[where]
-            targets[b, :filled] = np.where(
-                self.counted_stream[where + 1], self.stream[where + 1].astype(np.int64), IGNORED
-            )
-            documents[b] = np.searchsorted(firsts, np.arange(self.seq_len), side="right") - 1
+            place = 0
+            for number, (start, length) in enumerate(
+                zip(*map(np.ndarray.tolist, self.pieces(index)))
+            ):
+                piece = self.stream[start : start + length + 1].astype(np.int64)
+                counted = self.counted_stream[start + 1 : start + length + 1] != 0
+                here = slice(place, place + length)
+                tokens[b, here], documents[b, place:] = piece[:-1], number
+                targets[b, here] = np.where(counted, piece[1:], IGNORED)
+                place += length
         return torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(documents)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# The command
 
 
-def main():
+def mark(tokens, counted, tokenizer, colour):
+    """The text of a document, with what the loss counts in green or in [[ ]]."""
+    before, after = ("\x1b[32m", "\x1b[0m") if colour else ("[[", "]]")
+    length, pieces = len(tokens), []
+    tokens, counted = tokens[:SHOWN], np.asarray(counted[:SHOWN]) != 0
+    for run in np.split(np.arange(len(tokens)), np.flatnonzero(np.diff(counted)) + 1):
+        text = tokenizer.decode(tokens[run].tolist())
+        # no document may send commands to the terminal
+        text = "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+        pieces.append(before + text + after if counted[run[0]] else text)
+    more = f" ... and {length - SHOWN:,} tokens more" if length > SHOWN else ""
+    return "".join(pieces) + more
+
+
+def show(documents, number, tokenizer):
+    """Print the first documents, given as (name, tokens, counted)."""
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    for name, tokens, counted in itertools.islice(documents, number):
+        print(f"--- {name}: {len(tokens):,} tokens, {np.count_nonzero(counted):,} of them counted")
+        print(mark(tokens, counted, tokenizer, colour))
+
+
+def documents_of(folder):
+    """(name, tokens, counted) of each document of a corpus."""
+    _, tokens, documents, counted, _ = open_folder(folder)
+    for number, (a, b) in enumerate(itertools.pairwise(documents.tolist())):
+        yield f"{folder}, document {number}", tokens[a:b], counted[a:b]
+
+
+def first_documents(options):
+    """(name, tokens, counted) of the first documents of the inputs, which are encoded for it."""
+    files = [file for path in options.inputs for file in find_files(path)]
+    documents = itertools.islice(read_documents(files, options.separator), options.show)
+    settings = {"history": options.history, "ignore": tuple(options.ignore)}
+    for where, result in encode_all(documents, 1, tokenizer=options.tokenizer, **settings):
+        if isinstance(result, str):
+            raise ValueError(result)
+        yield where, result[0], result[1]
+
+
+def parse_options(arguments):
     parser = argparse.ArgumentParser(
-        description="Encode text or chat into a corpus to train on.", allow_abbrev=False
+        description="Encode texts and chats into a corpus to train on.", allow_abbrev=False
     )
-    parser.add_argument(
-        "inputs", nargs="+", help=".txt (one document) or .jsonl (one document a line)"
+    add = parser.add_argument
+    add("inputs", nargs="*", help="files, folders, or names of data sets of the Hub")
+    add("--out", help="the folder to write")
+    add("--mix", nargs="+", default=[], metavar="INPUT=WEIGHT", help="inputs by share of tokens")
+    add("--tokenizer", default=HarmonyTokenizer.name, choices=TOKENIZERS, help="%(default)s")
+    add("--history", default="keep", choices=["keep", "drop"], help="reasoning of earlier turns")
+    add("--val", type=float, default=0, help="share of documents that goes to OUT-val: 0.01")
+    add("--max_records", type=int, help="of all inputs, or of each with --mix")
+    add("--skip_bad", type=int, default=0, help="go on over as many bad records, and print them")
+    add("--separator", help="between the documents of a .txt: '<|endoftext|>'")
+    add("--ignore", action="append", default=[], help="a column that is no part of the chat")
+    add("--show", type=int, default=0, help="print the first documents, what is counted marked")
+    add("--seq_len", type=int, help="also say how the documents fill sequences of this length")
+    options = parser.parse_args(arguments)
+    options.weights = None
+    if bool(options.inputs) == bool(options.mix):
+        parser.error("needs either inputs or --mix")
+    if options.mix:
+        options.weights = []
+        for text in options.mix:
+            path, _, weight = text.rpartition("=")
+            try:
+                options.weights.append(float(weight))
+            except ValueError:
+                options.weights.append(0)
+            if not path or not 0 < options.weights[-1] < 1e9:
+                parser.error(f"--mix {text}: needs INPUT=WEIGHT, such as a.jsonl=2")
+            options.inputs.append(path)
+    for name, least in (("seq_len", 2), ("max_records", 1), ("skip_bad", 0), ("show", 0)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            parser.error(f"--{name}={value}: {least} or more")
+    if not 0 <= options.val < 1:
+        parser.error(f"--val={options.val}: a share, 0 or more and less than 1")
+    if options.separator == "":
+        parser.error("--separator: needs a text")
+    if not options.out and not options.show:
+        parser.error("needs --out, the folder to write, or --show=3 to look only")
+    return options
+
+
+def run(options):
+    first = Path(options.inputs[0])
+    if not options.out and len(options.inputs) == 1 and (first / "meta.json").is_file():
+        show(documents_of(first), options.show, get_tokenizer(open_folder(first)[0].name))
+        return
+    if not options.out:
+        show(first_documents(options), options.show, get_tokenizer(options.tokenizer))
+        return
+    meta = write_corpus(
+        options.inputs,
+        options.out,
+        options.tokenizer,
+        weights=options.weights,
+        history=options.history,
+        val=options.val,
+        max_records=options.max_records,
+        skip_bad=options.skip_bad,
+        separator=options.separator,
+        ignore=options.ignore,
+        say=tqdm.write,
     )
-    parser.add_argument("--out", required=True, help="the folder to write")
-    parser.add_argument(
-        "--tokenizer",
-        default=HarmonyTokenizer.name,
-        choices=TOKENIZERS,
-        help="default: %(default)s",
+    print(
+        f"{options.out}: {meta['documents']:,} documents, {meta['tokens']:,} tokens, "
+        f"{meta['counted']:,} counted"
     )
-    parser.add_argument(
-        "--seq_len", type=int, help="also say how the documents fill sequences of this many tokens"
-    )
-    options = parser.parse_args()
-    if options.seq_len is not None and options.seq_len < 2:
-        parser.error(f"--seq_len={options.seq_len}: 2 or more")
+    if options.seq_len is not None:
+        print(TokenData(options.out, options.seq_len).describe())
+    show(documents_of(options.out), options.show, get_tokenizer(options.tokenizer))
+
+
+def main(arguments=None):
     try:
-        meta = write_corpus(options.inputs, options.out, options.tokenizer)
-        print(
-            f"{options.out}: {meta['documents']:,} documents, {meta['tokens']:,} tokens, {meta['counted']:,} counted"
-        )
-        if options.seq_len is not None:
-            print(TokenData(options.out, options.seq_len).describe())
+        run(parse_options(arguments))
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except (ValueError, OSError) as error:

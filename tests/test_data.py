@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import chat
-import data
+import corpus
 from data import TokenData, pack, write_corpus
 from tokenizer import get_tokenizer
 
@@ -154,7 +154,7 @@ BAD_LINES = {  # the second line of a file -> what the error says of it
     "neither": (b'{"content": "a"}', 'either "text" or "messages"'),
     "both": (b'{"text": "a", "messages": []}', 'either "text" or "messages"'),
     "text is no string": (b'{"text": 7}', '"text" must be a string'),
-    "text is null": (b'{"text": null}', '"text" must be a string'),
+    "text is null": (b'{"text": null}', 'either "text" or "messages"'),
     "text is empty": (b'{"text": ""}', "the text is empty"),
     "not UTF-8": (b'{"text": "\xff"}', "'utf-8' codec can't decode"),
     "half a surrogate": (b'{"text": "\\ud800"}', "surrogates not allowed"),
@@ -194,11 +194,11 @@ def test_bad_inputs_and_outputs(tmp_path):
         (["blank.jsonl", "out", "bytes"], ValueError, "blank.jsonl: no document"),
         (["latin.txt", "out", "bytes"], ValueError, "latin.txt: 'utf-8' codec"),
         (["absent.txt", "out", "bytes"], OSError, "No such file.*absent.txt"),
-        (["folder.jsonl", "out", "bytes"], OSError, "Is a directory.*folder.jsonl"),
+        (["folder.jsonl", "out", "bytes"], ValueError, "folder.jsonl: holds no .txt"),
         (["good.csv", "out", "bytes"], ValueError, "good.csv: needs to be a .txt"),
-        (["good.jsonl", "full", "bytes"], ValueError, "--out=.*full: is there already"),
-        (["good.jsonl", "good.csv", "bytes"], ValueError, "--out=.*good.csv: is there already"),
-        (["good.jsonl", "good.csv/out", "bytes"], OSError, "good.csv/out"),
+        (["good.jsonl", "full", "bytes"], ValueError, "full exists and is not empty"),
+        (["good.jsonl", "good.csv", "bytes"], ValueError, "good.csv exists and is not empty"),
+        (["good.jsonl", "good.csv/out", "bytes"], OSError, "File exists.*good.csv"),
         (["good.jsonl", "out", "gpt2"], ValueError, "tokenizer='gpt2' .* o200k_harmony, bytes"),
     ]:
         with pytest.raises(error, match=message):
@@ -222,7 +222,7 @@ def test_command_line(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "good"}\n{"text": 1}\n')
     for arguments, message in [
         ((path, "--out", tmp_path / "new", "--tokenizer=bytes"), "a.jsonl:2:"),
-        ((path, "--out", tmp_path / "out", "--tokenizer=bytes"), "is there already"),
+        ((path, "--out", tmp_path / "out", "--tokenizer=bytes"), "exists and is not empty"),
         ((path, "--out", tmp_path / "new", "--tokenizer=byte"), "invalid choice: 'byte'"),
         ((path, "--out", tmp_path / "new", "--tok=bytes"), "--tok=bytes"),
         ((path,), "--out"),
@@ -422,15 +422,18 @@ BAD_CHATS = {
     "no role": ([{"content": "a"}], "needs a role out of"),
     "unknown role": ([{"role": "bot", "content": "a"}], "needs a role out of .*bot"),
     "no content": ([{"role": "user"}], "user message .* needs content"),
-    "unknown key": ([{"role": "assistant", "content": "a", "tool_calls": []}], "tool_calls"),
+    "unknown key": ([{"role": "assistant", "content": "a", "prefix": True}], "prefix"),
     "thoughts of a user": ([{"role": "user", "content": "a", "thinking": "b"}], "thinking"),
     "part of no kind": (
         [{"role": "user", "content": [{"type": "image"}]}, ANSWER],
         "cannot render",
     ),
     "part is no object": ([{"role": "user", "content": [3]}, ANSWER], "cannot render"),
-    "name is no text": ([{"role": "user", "content": "a", "name": 3}, ANSWER], "cannot render"),
-    "nameless tool": ([{"role": "tool", "content": "a"}, ANSWER], "cannot render"),
+    "name is no text": (
+        [{"role": "user", "content": "a", "name": 3}, ANSWER],
+        '"name" must be a text',
+    ),
+    "nameless tool": ([{"role": "tool", "content": "a"}, ANSWER], "tool message needs a name"),
     "no assistant": ([{"role": "user", "content": "a"}], "nothing to learn"),
 }
 
@@ -448,7 +451,7 @@ def test_bad_chat_is_named(tmp_path, harmony, messages, message):
     [
         {"recipient": "functions.sky"},
         {"content": [{"type": "text", "text": "a"}]},
-        {"role": "tool"},
+        {"role": "tool", "name": "sky"},
     ],
 )
 def test_bytes_refuse_what_they_cannot_spell(extra):
@@ -602,7 +605,7 @@ def test_built_in_corpora():
     assert train.padding < 0.02 and train.vocab_size == 257 and train.tokenizer == "bytes"
 
     def lines(held_out):
-        text = get_tokenizer("bytes").decode(data.open_pydoc(held_out)[1].tolist())
+        text = get_tokenizer("bytes").decode(corpus.open_pydoc(held_out)[1].tolist())
         return {line.strip() for line in text.splitlines() if len(line.strip()) >= 30}
 
     assert len(lines(True) & lines(False)) < 0.02 * len(lines(True))  # held out means not seen
