@@ -1,10 +1,8 @@
 """model.py on a CPU: against transformers' GPT-OSS in fp32, as it runs and as it is defined."""
 
-import json
 import math
-import os
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,11 +21,9 @@ from common import (
     tiny_config,
     twins,
 )
-from safetensors.torch import load_file, save_file
 
 import fast
 import model as model_module
-import weights as weights_module
 from fast import block_mask
 from loop.budget import flops_per_token
 from model import GPTOSS, IGNORED, GPTOSSConfig, apply_sinks, dense_attention, rope_tables
@@ -435,119 +431,6 @@ def test_wrong_recompute():
 # --------------------------------------------------------------------------------------------------
 # Configuration
 
-OPENAI = {  # gpt-oss-20b's original/config.json, which leaves the two fields that have no choice to the code
-    "num_hidden_layers": 24,
-    "num_experts": 32,
-    "experts_per_token": 4,
-    "vocab_size": 201088,
-    "hidden_size": 2880,
-    "intermediate_size": 2880,
-    "swiglu_limit": 7.0,
-    "head_dim": 64,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "sliding_window": 128,
-    "initial_context_length": 4096,
-    "rope_theta": 150000,
-    "rope_scaling_factor": 32.0,
-    "rope_ntk_alpha": 1,
-    "rope_ntk_beta": 32,
-}
-
-
-def write(path, value):
-    path.write_text(json.dumps(value))
-    return path
-
-
-def hugging_face_json(folder, config):
-    """(the config.json that transformers writes, the same in the style before transformers 5)."""
-    hugging_face_config(config).save_pretrained(folder)
-    new, old = (json.loads((folder / "config.json").read_text()) for _ in range(2))
-    old["rope_scaling"] = old.pop("rope_parameters")
-    old["rope_theta"] = old["rope_scaling"].pop("rope_theta")
-    old["initial_context_length"] = old["rope_scaling"]["original_max_position_embeddings"]
-    return new, old
-
-
-def test_config_from_openai_json(tmp_path):
-    assert GPTOSSConfig.from_json(write(tmp_path / "config.json", OPENAI)) == GPTOSSConfig()
-
-
-def test_config_from_json(tmp_path):
-    path = tmp_path / "config.json"
-    config = tiny_config(
-        sliding_window=19, rope_ntk_alpha=1.5, rope_ntk_beta=24.0, rms_norm_eps=1e-6
-    )
-    config.to_json(path)
-    assert GPTOSSConfig.from_json(path) == config
-    assert json.loads(path.read_text()) == asdict(config)
-    for style in hugging_face_json(tmp_path, config):
-        assert GPTOSSConfig.from_json(write(path, style)) == config
-        for optional in (
-            "layer_types",
-            "swiglu_limit",
-            "tie_word_embeddings",
-            "attention_bias",
-            "hidden_act",
-        ):
-            without = {name: value for name, value in style.items() if name != optional}
-            expected = replace(config, swiglu_limit=7.0) if optional == "swiglu_limit" else config
-            assert GPTOSSConfig.from_json(write(path, without)) == expected
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"model_type": "llama"}, "model_type is 'llama'"),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
-        ({"attention_bias": False}, "attention_bias is False"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"layer_types": ["full_attention"] * 3}, "layer_types is"),
-        ({"layer_types": ["sliding_attention"]}, "number of layer_types is 1"),
-        (
-            {"num_hidden_layers": 10**30},
-            "number of layer_types is 3",
-        ),  # and no list of that length is made
-        ({"swiglu_alpha": 1.5}, "swiglu_alpha is 1.5"),
-        ({"truncate": True}, "truncate is True"),
-        ({"truncate": None}, "truncate is None"),  # where nothing is said transformers rounds
-        ({"rope_type": "llama3"}, "rope_type is 'llama3'"),
-    ],
-)
-def test_config_not_implemented(change, message, tmp_path):
-    for style in hugging_face_json(tmp_path, tiny_config()):
-        rope = style.get("rope_parameters") or style["rope_scaling"]
-        (name, value), *_ = change.items()
-        (rope if name in rope else style)[name] = value
-        with pytest.raises(ValueError, match=f"config.json: {message}.*only"):
-            GPTOSSConfig.from_json(write(tmp_path / "config.json", style))
-
-
-def test_config_files_that_are_wrong(tmp_path):
-    path, ours = tmp_path / "config.json", asdict(GPTOSSConfig())
-    (tmp_path / "text.json").write_text("{not json")
-    new, _ = hugging_face_json(tmp_path, tiny_config())
-    del new["rms_norm_eps"], new["rope_parameters"]["beta_fast"]
-    for file, message in [
-        (tmp_path / "absent.json", "absent.json: not a readable"),
-        (tmp_path / "text.json", "text.json: not a readable"),
-        (write(tmp_path / "list.json", [1]), "list.json.*list"),
-        (
-            write(tmp_path / "more.json", {**ours, "num_layers": 3}),
-            r"unknown fields \['num_layers'\]",
-        ),
-        (
-            write(tmp_path / "fewer.json", {"head_dim": 64, "hidden_size": 3}),
-            "missing fields.*'num_experts'",
-        ),
-        (write(tmp_path / "hub.json", new), r"missing fields \['rope_ntk_beta'\]"),
-        (write(path, {**ours, "num_experts": 0}), "config.json: num_experts=0"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            GPTOSSConfig.from_json(file)
-
-
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -569,7 +452,7 @@ def test_config_values_that_are_wrong(change, message):
 
 
 # --------------------------------------------------------------------------------------------------
-# Initialisation and checkpoints
+# Initialisation and names
 
 
 def materialised(config, dtype=torch.float32):
@@ -610,163 +493,6 @@ def test_a_new_model_is_initialised():
     twin.init_weights()
     for (name, x), y in zip(model.named_parameters(), twin.parameters()):
         assert torch.equal(x, y), name
-
-
-def assert_same_weights(a, b):
-    theirs = dict(b.named_parameters())
-    assert theirs.keys() == dict(a.named_parameters()).keys()
-    for name, x in a.named_parameters():
-        assert x.dtype == theirs[name].dtype and torch.equal(x, theirs[name]), name
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shard_bytes", [5 * 10**9, 10_000])
-def test_checkpoint_round_trip(shard_bytes, dtype, tmp_path, monkeypatch):
-    monkeypatch.setattr(weights_module, "SHARD_BYTES", shard_bytes)
-    model = noise_(GPTOSS(tiny_config())).to(dtype)
-    folder = tmp_path / "runs" / "checkpoint"
-    model.save_checkpoint(folder)
-    again = GPTOSS.from_checkpoint(folder)
-    assert again.config == model.config
-    assert_same_weights(again, model)
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
-    sizes = {
-        file.name: sum(t.nbytes for t in load_file(file).values())
-        for file in folder.glob("*.safetensors")
-    }
-    assert (
-        index["metadata"]["total_size"]
-        == sum(sizes.values())
-        == sum(p.nbytes for p in model.parameters())
-    )
-    assert set(sizes) == {
-        f"model-{i:05d}-of-{len(sizes):05d}.safetensors" for i in range(1, len(sizes) + 1)
-    }
-    assert set(index["weight_map"].values()) == set(sizes)
-    assert (
-        (len(sizes) > 3 and max(sizes.values()) <= 10_000)
-        if shard_bytes == 10_000
-        else len(sizes) == 1
-    )
-    assert os.listdir(folder.parent) == ["checkpoint"]  # nothing half-written is left beside it
-    for wanted in (torch.float32, torch.bfloat16):
-        assert_same_weights(GPTOSS.from_checkpoint(folder, dtype=wanted), model.to(wanted))
-
-
-def test_checkpoint_in_another_dtype(tmp_path):
-    model = noise_(GPTOSS(tiny_config()))
-    model.save_checkpoint(tmp_path / "half", dtype=torch.bfloat16)
-    assert_same_weights(GPTOSS.from_checkpoint(tmp_path / "half"), model.bfloat16())
-
-
-def test_checkpoint_takes_the_place_of_an_older_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(weights_module, "SHARD_BYTES", 10_000)
-    noise_(GPTOSS(tiny_config(num_hidden_layers=5))).save_checkpoint(tmp_path / "last")
-    (tmp_path / ".last.partial").mkdir()  # of a run that was killed
-    (tmp_path / ".last.partial" / "rubbish").touch()
-    model = noise_(GPTOSS(tiny_config()), seed=1)
-    model.save_checkpoint(tmp_path / "last")
-    assert_same_weights(GPTOSS.from_checkpoint(tmp_path / "last"), model)
-    assert os.listdir(tmp_path) == ["last"]
-    files = set(
-        json.loads((tmp_path / "last" / "model.safetensors.index.json").read_text())[
-            "weight_map"
-        ].values()
-    )
-    assert set(os.listdir(tmp_path / "last")) == files | {
-        "config.json",
-        "model.safetensors.index.json",
-    }
-
-
-def test_checkpoint_does_not_replace_something_else(tmp_path):
-    (tmp_path / "thesis.tex").write_text("ten years of work")
-    model = noise_(GPTOSS(tiny_config(num_hidden_layers=1)))
-    with pytest.raises(ValueError, match="something other than a checkpoint"):
-        model.save_checkpoint(tmp_path)
-    assert (tmp_path / "thesis.tex").read_text() == "ten years of work"
-    (tmp_path / "empty").mkdir()
-    model.save_checkpoint(tmp_path / "empty")
-
-
-def test_load_weights_lists_what_does_not_fit(tmp_path, monkeypatch):
-    monkeypatch.setattr(weights_module, "SHARD_BYTES", 10_000)
-    model = noise_(GPTOSS(tiny_config()))
-    model.save_checkpoint(tmp_path)
-    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    files = index["weight_map"]
-
-    def rewrite(name, change):  # the file that holds `name`
-        path = tmp_path / files[name]
-        tensors = load_file(path)
-        change(tensors)
-        save_file(tensors, path, metadata={"format": "pt"})
-
-    rewrite("norm.weight", lambda t: t.update({"norm.weight": torch.ones(19)}))
-    rewrite(
-        "blocks.1.attention.sinks", lambda t: t.pop("blocks.1.attention.sinks")
-    )  # listed, and not in its file
-    truncated = files["blocks.2.mlp.gate_up_weight"]
-    (tmp_path / truncated).write_bytes((tmp_path / truncated).read_bytes()[:-100])
-    lost = files["blocks.0.mlp.gate_up_weight"]
-    (tmp_path / lost).unlink()
-    files["blocks.9.extra"] = files.pop("blocks.1.mlp.router.bias")
-    assert len({truncated, lost, files["norm.weight"], files["blocks.1.attention.sinks"]}) == 4
-    write(tmp_path / "model.safetensors.index.json", index)
-    with pytest.raises(ValueError) as error:
-        GPTOSS.from_checkpoint(tmp_path, dtype=torch.float32)
-    for problem in (
-        "missing: blocks.1.mlp.router.bias",
-        "unknown: blocks.9.extra",
-        r"norm.weight has shape \(19,\).*\(20,\)",
-        f"{files['blocks.1.attention.sinks']}.*blocks.1.attention.sinks",
-        f"{truncated} is unreadable",
-        f"{lost} is unreadable",
-    ):
-        error.match(problem)
-
-
-@pytest.mark.parametrize("damage", ["unlisted", "truncated", "lost"])
-def test_load_weights_says_so_when_the_norm_is_what_does_not_fit(damage, tmp_path):
-    """from_checkpoint looks at this tensor first, for the dtype."""
-    noise_(GPTOSS(tiny_config())).save_checkpoint(tmp_path)
-    path = tmp_path / "model.safetensors.index.json"
-    index = json.loads(path.read_text())
-    file = tmp_path / index["weight_map"]["norm.weight"]
-    if damage == "unlisted":
-        del index["weight_map"]["norm.weight"]
-        write(path, index)
-    elif damage == "truncated":
-        file.write_bytes(file.read_bytes()[:-100])
-    else:
-        file.unlink()
-    with pytest.raises(
-        ValueError, match="missing: norm.weight" if damage == "unlisted" else file.name
-    ):
-        GPTOSS.from_checkpoint(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "index",
-    [
-        {"weight_map": {"norm.weight": "../elsewhere.safetensors"}},
-        {"weight_map": {"norm.weight": "/etc/passwd"}},
-        {"weight_map": {"norm.weight": 3}},
-        {"weight_map": ["norm.weight"]},
-        {},
-        [],
-    ],
-)
-def test_wrong_index(index, tmp_path):
-    tiny_config().to_json(tmp_path / "config.json")
-    write(tmp_path / "model.safetensors.index.json", index)
-    with pytest.raises(ValueError, match="index.json: not a readable index"):
-        GPTOSS.from_checkpoint(tmp_path)
-
-
-def test_checkpoint_folder_that_is_not_there(tmp_path):
-    with pytest.raises(ValueError, match="config.json: not a readable"):
-        GPTOSS.from_checkpoint(tmp_path / "absent")
 
 
 def test_parameter_names():
