@@ -28,7 +28,9 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 def listed(problems):
-    """Up to ten problems, one a line, and how many more there are."""
+    """The end of a message: one problem, or up to ten, one a line, and how many more there are."""
+    if len(problems) == 1:
+        return f" {problems[0]}"
     more = [f"and {len(problems) - 10} more"] if len(problems) > 10 else []
     return "".join(f"\n  {problem}" for problem in [*problems[:10], *more])
 
@@ -151,7 +153,8 @@ def read_places(folder):
         ]
         places |= found
     if not places:
-        raise ValueError(f"{folder}: no tensors in safetensors files here{listed(problems)}")
+        end = f":{listed(problems)}" if problems else ""
+        raise ValueError(f"{folder}: no tensors in safetensors files here{end}")
     if index is not None:
         unlisted = places.keys() - index.keys()
         problems += [

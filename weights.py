@@ -118,7 +118,7 @@ def read_config(path, kind):
         missing = names - given.keys() - {"max_position_embeddings", "rms_norm_eps"}
         unknown = sorted(given.keys() - names)
         if missing or unknown:
-            raise ValueError(f"missing fields {sorted(missing)}, unknown fields{listed(unknown)}")
+            raise ValueError(f"missing fields {sorted(missing)}, unknown fields:{listed(unknown)}")
         for name, value in given.items():
             positive(name, value)
         config = kind(**given)
@@ -173,7 +173,8 @@ def from_hugging_face(given):
     if kinds is not None:
         require("layer_types", kinds, layer_types(len(kinds)) if isinstance(kinds, list) else None)
         require("number of layer_types", len(kinds), layers)
-    require("partial_rotary_factor", given.get("partial_rotary_factor") or 1.0, 1.0)
+    if given.get("partial_rotary_factor") is not None:
+        require("partial_rotary_factor", given["partial_rotary_factor"], 1.0)
     for name, ours in RESTATED.items():
         if given.get(name, config[ours]) != config[ours]:
             raise ValueError(

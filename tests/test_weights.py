@@ -93,7 +93,7 @@ def test_config_files_that_are_wrong(tmp_path):
         "deep": "deep.json: not a readable",
         "digits": "digits.json: not a readable",
         "list": "list.json: expected a JSON object, found list",
-        "more": r"unknown fields\n  num_layers$",
+        "more": r"unknown fields: num_layers$",
         "many": r"key00009\n  and 19990 more$",
         "fewer": "missing fields.*'num_experts'",
         "zero": "zero.json: num_experts=0 must be a positive number",
@@ -403,6 +403,7 @@ ROTARY = sorted({*weights.READ_ROPE, *weights.FIXED_ROPE, *weights.ROPE_TEMPERAT
 @example({"layer_types": 3, "head_dim": None, "hidden_size": "x"}, {}, True)
 @example({}, {"factor": None, "original_max_position_embeddings": "4"}, True)
 @example({"max_position_embeddings": None}, {"factor": None}, True)
+@example({"partial_rotary_factor": False}, {}, False)
 def test_any_type_in_any_key_is_a_configuration_or_one_error(tmp_path, top, rotary, old):
     """And where transformers reads it as well, both read the same."""
     given = hf_config(tiny_config(), torch.float32, False, {})
