@@ -66,6 +66,8 @@ def faster(twin):
                 return definition(x, *args)
             if torch.is_autocast_enabled(x.device.type):
                 result = declined(name, "torch.autocast is on; model.bfloat16() needs no autocast")
+            elif x.dtype == torch.float64:
+                result = declined(name, "the fast twin computes in fp32, and the model is in fp64")
             else:
                 result = PAIRS[name][1](x, *args)
             return definition(x, *args) if result is NotImplemented else result
@@ -148,6 +150,8 @@ def choose_kernel(window, documents, device, dtype, head_dim):
         kernel, why = "dense", "the fast kernels are switched off"
     elif device.type != "cuda" or head_dim < 16:
         kernel, why = "dense", "fused kernels need a GPU and head_dim of at least 16"
+    elif dtype == torch.float64:
+        kernel, why = "dense", "fused kernels have no fp64"
     elif window is not None or documents is not None:
         kernel, why = "FlexAttention", "the mask is more than causal"
     elif refusal := cudnn_refuses(device, dtype, head_dim):

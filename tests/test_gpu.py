@@ -309,7 +309,7 @@ def test_new_documents_compile_nothing(recompute):
     assert compiled > 0 and stats["unique_graphs"] == compiled
 
 
-@pytest.mark.parametrize("what", ["loss", "logprobs"])
+@pytest.mark.parametrize("what", ["loss", "logprobs", "entropy"])
 def test_loss_memory(what):
     """64K tokens, the real vocabulary: forward and backward take at most 3 GiB beyond the fp32 sum
     of the weight's gradient (2.2 GiB). The logits would be 24.6 GiB."""
@@ -320,9 +320,11 @@ def test_loss_memory(what):
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     if what == "loss":
-        fast.MeanLoss.apply(x, weight, targets, torch.tensor(float(N), device=CUDA)).backward()
+        fast.mean_loss(x, weight, targets, None, torch.tensor(float(N), device=CUDA)).backward()
+    elif what == "logprobs":
+        fast.logprobs(x, weight, targets, 1.0).sum().backward()
     else:
-        fast.LogProbs.apply(x, weight, targets).sum().backward()
+        sum(fast.logprobs_and_entropy(x, weight, targets, 1.0)).sum().backward()
     peak = torch.cuda.max_memory_allocated() - before - 4 * V * C
     assert peak <= 3 * GIB, f"{peak / GIB:.2f} GiB"
     assert x.grad.isfinite().all() and weight.grad.isfinite().all()

@@ -431,6 +431,7 @@ def test_wrong_recompute():
 # --------------------------------------------------------------------------------------------------
 # Configuration
 
+
 @pytest.mark.parametrize(
     "change, message",
     [
