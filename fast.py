@@ -264,7 +264,8 @@ class CudnnSinkAttention(torch.autograd.Function):
         dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
             grad, q, k, v, out, lse, seed, offset, None, *lengths, 0.0, True
         )
-        dsinks = sink_gradient(grad, out, lse.view(out.shape[:3]), sinks)
+        needs_sinks = ctx.needs_input_grad[3]
+        dsinks = sink_gradient(grad, out, lse.view(out.shape[:3]), sinks) if needs_sinks else None
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), dsinks
 
 

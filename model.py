@@ -311,8 +311,11 @@ class Router(nn.Linear):
         super().__init__(config.hidden_size, config.num_experts)
         self.experts_per_token = config.experts_per_token
 
+    def logits(self, x):
+        return router_logits(x, self.weight, self.bias)  # (N, E)
+
     def forward(self, x, chosen=None):
-        logits = router_logits(x, self.weight, self.bias)  # (N, E)
+        logits = self.logits(x)
         if chosen is None:
             chosen = logits.topk(self.experts_per_token, dim=-1).indices
         return chosen, logits.gather(-1, chosen).softmax(-1)
@@ -332,8 +335,11 @@ class Experts(nn.Module):
     def forward(self, x, chosen=None):  # x (B, S, C), chosen (B, S, k) or None
         tokens = x.flatten(0, 1)  # (N, C)
         chosen, gates = self.router(tokens, None if chosen is None else chosen.flatten(0, 1))
+        return self.compute(tokens, chosen, gates).view_as(x)
+
+    def compute(self, tokens, chosen, gates):  # (N, C), (N, k), (N, k) -> (N, C)
         gate_up, down = (self.gate_up_weight, self.gate_up_bias), (self.down_weight, self.down_bias)
-        return experts(tokens, chosen, gates, *gate_up, *down, self.limit).view_as(x)
+        return experts(tokens, chosen, gates, *gate_up, *down, self.limit)
 
 
 class Block(nn.Module):
