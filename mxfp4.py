@@ -10,6 +10,8 @@ Reference: https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-
 Letters in shapes: G groups of 32 values that share a scale
 """
 
+from dataclasses import dataclass
+
 import torch
 
 GROUP = 32
@@ -97,3 +99,35 @@ def nearest(magnitudes):
 
 def error(x, rounded):
     return (x - rounded).square().sum(-1)
+
+
+@dataclass(frozen=True)
+class Unpacked:
+    """A matrix (E, in, out) in bf16 that a folder holds packed, as shards.Place shows one that it
+    holds whole. `blocks` (E, out, in / 32, 16) and `scales` (E, out, in / 32) are Places."""
+
+    blocks: object
+    scales: object
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def shape(self):
+        experts, outputs, groups, _ = self.blocks.shape
+        return experts, groups * GROUP, outputs
+
+    def entry_bytes(self):
+        return self.shape[1] * self.shape[2] * self.dtype.itemsize
+
+    def __getitem__(self, entries):
+        return dequantize_mxfp4(self.blocks[entries], self.scales[entries]).mT.contiguous()
+
+
+def unpacked(places):
+    """`places` {name: Place} with an Unpacked X for each pair X_blocks, X_scales that fits."""
+    found = dict(places)
+    for name in [name.removesuffix("_blocks") for name in places if name.endswith("_blocks")]:
+        blocks, scales = places[f"{name}_blocks"], places.get(f"{name}_scales")
+        if blocks and scales and blocks.shape == (*scales.shape, GROUP // 2):
+            del found[f"{name}_blocks"], found[f"{name}_scales"]
+            found[name] = Unpacked(blocks, scales)
+    return found

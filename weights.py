@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from folders import Aside, exists
+from mxfp4 import unpacked
 from shards import (
     INDEX,
     check_places,
@@ -36,6 +37,7 @@ from shards import (
 )
 
 READ_BYTES = 2**24  # read or written at a time; small enough for malloc to reuse the memory
+ADAPTERS = "adapters.json"  # of a folder with adapters instead of weights: see lora.py
 HF_CONFIG = "hf_config.json"  # Hugging Face's config.json, kept by an import for a later export
 COMPANIONS = (  # files that travel with the weights
     "tokenizer*",
@@ -284,7 +286,7 @@ def hf_config(config, dtype, mxfp4, source):
 class Found(NamedTuple):
     """What find_model found in a folder."""
 
-    layout: str  # "ours", "hugging_face" or "openai"
+    layout: str  # "ours", "adapters" on one of ours, "hugging_face" or "openai"
     weights: Path  # the folder with config.json and the tensors
     run: Path | None  # the training run that it belongs to
     tokenizer: str | None  # the name of the tokenizer, as the run recorded it
@@ -308,7 +310,8 @@ def find_model(folder):
                 recorded = read_json(candidate / "config.json")
             except ValueError:
                 recorded = {}  # whoever reads the configuration will say so
-        signs = (candidate / "metrics.jsonl", candidate / "model" / INDEX)
+        signs = [candidate / "model" / name for name in (INDEX, ADAPTERS)]
+        signs.append(candidate / "metrics.jsonl")
         if "tokenizer" in recorded or any(map(exists, signs)):
             run, tokenizer = candidate, recorded.get("tokenizer")
             break
@@ -322,6 +325,8 @@ def find_model(folder):
             f"{weights / 'config.json'} does not exist; convert_hf.py makes checkpoints/NAME, and "
             "a run's weights are in runs/NAME/model"
         )
+    if exists(weights / ADAPTERS):
+        return Found("adapters", weights, run, tokenizer)
     index = exists(weights / INDEX)
     names = (weight_files(weights) if index else read_places(weights)[0]).keys()
     if not (layout := layout_of(names)):
@@ -384,15 +389,21 @@ def open_weights(wanted, folder):
             f"{folder} is in Hugging Face's layout: `python convert_hf.py {folder}` converts it"
         )
     places, problems = read_places(folder)
+    if not any(name.endswith("_blocks") for name in wanted):
+        places = unpacked(places)  # a packed folder gives a model whole matrices, too
     check_places(folder, places, problems, {name: tuple(p.shape) for name, p in wanted.items()})
     return places
 
 
-@torch.no_grad()
 def load_weights(model, folder):
     """Fill a model from a checkpoint folder, with open_weights's errors, and OSError for what
     cannot be read. Each rank reads only what its shard holds."""
-    wanted = dict(model.named_parameters())
+    fill(dict(model.named_parameters()), folder)
+
+
+@torch.no_grad()
+def fill(wanted, folder):
+    """load_weights, for a model's {name: parameter}, all of those that the folder has."""
     places = open_weights(wanted, folder)
     disable = None if first_rank() else True  # None: shown on a terminal only
     for name, parameter in tqdm(wanted.items(), f"loading {folder}", disable=disable):
