@@ -1,0 +1,310 @@
+"""Low-rank adapters on frozen weights, attached to the model from outside.
+
+A frozen layer x W + bias becomes x W + bias + (alpha / r) (x A) B with A (in, r), B (r, out) and a
+small rank r; only A and B are trained. B starts at zero, so an adapted model starts as its base
+(LoRA: Hu et al., https://arxiv.org/abs/2106.09685).
+
+    model = GPTOSS.from_checkpoint("checkpoints/gpt-oss-20b", "cuda", recompute="all")
+    adapt(model, rank=16, targets="attention")
+
+The experts are nine tenths of the weights. Frozen, they may stay packed as released, in MXFP4 (see
+mxfp4.py), at 4.25 bits a weight: `adapt(..., packed=True)`. A block's experts are unpacked when the
+block runs, and again in its backward, to bitwise the weights that convert_hf.py would make of them.
+
+Letters in shapes are model.py's and fast.py's, and r the rank.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from folders import Aside, exists
+from frozen import MATRICES, FrozenExperts, pack
+from model import GPTOSS, GPTOSSConfig, Router, wide
+from mxfp4 import unpacked
+from shards import check_places, read_header, read_json, read_places, weight_files
+from weights import ADAPTERS, copy_rows, fill, first_rank, stored_dtype
+
+# --------------------------------------------------------------------------------------------------
+# Layers with adapters
+
+
+class LowRankLinear(nn.Linear):
+    """Adapters are kept as linear layers keep their weights: lora_a (r, in), lora_b (out, r)."""
+
+    def forward(self, x):  # (..., in)
+        flat = x.flatten(0, -2)
+        out = F.linear(flat, self.weight, self.bias)
+        # in place: nothing in the backward reads the frozen layer's output
+        out.addmm_(F.linear(flat, self.lora_a), self.lora_b.t(), alpha=self.lora_scale)
+        return out.unflatten(0, x.shape[:-1])
+
+
+class LowRankRouter(Router):
+    def logits(self, x):  # (N, C) -> (N, E), in fp32 as the frozen ones
+        low = F.linear(wide(F.linear(x, self.lora_a)), wide(self.lora_b))
+        return super().logits(x) + self.lora_scale * low
+
+
+# --------------------------------------------------------------------------------------------------
+# Attaching adapters
+
+# Each name that a target can have: where it is in a block, and what replaces it
+LINEAR = {"qkv": "attention.qkv", "out": "attention.out", "router": "mlp.router"}
+GROUPS = {"attention": ("qkv", "out"), "experts": MATRICES, "all": (*LINEAR, *MATRICES)}
+
+
+def expand(targets):
+    """("qkv", "out", "router") from "attention,router". ValueError for an unknown target."""
+    known = {**{name: (name,) for name in (*LINEAR, *MATRICES)}, **GROUPS}
+    names = [name.strip() for name in targets.split(",")]
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"lora_targets={targets!r}: {unknown[0]!r} is none of {', '.join(known)}")
+    return tuple(dict.fromkeys(name for n in names for name in known[n]))
+
+
+def expand_layers(layers, number):
+    """[0, 1, 2, 3, 12] from "0-3,12"; all from "". ValueError for what is no layer of `number`."""
+    if not layers:
+        return list(range(number))
+    found = set()
+    for part in layers.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdigit() or not (last or first).isdigit():
+            raise ValueError(f"lora_layers={layers!r}: write numbers and ranges, as in 0-3,12")
+        part = range(int(first), int(last or first) + 1)
+        if not part or part[-1] >= number:
+            raise ValueError(f"lora_layers={layers!r}: the model has layers 0 to {number - 1}")
+        found |= set(part)
+    return sorted(found)
+
+
+def adapt(model, rank=16, alpha=32.0, targets="attention", layers="", dtype=None, seed=0):
+    """Freeze the model and attach adapters of this rank, in `dtype` or that of the layer, to the
+    targets (names in GROUPS, LINEAR and MATRICES, separated by commas) in `layers` ("0-3,12"; "":
+    all). Adapters on the meta device are not initialised. ValueError for what does not exist or a
+    rank that no matrix has."""
+    model.requires_grad_(False)
+    for layer in expand_layers(layers, len(model.blocks)):
+        block = model.blocks[layer]
+        for target in expand(targets):
+            attach(block, target, rank, alpha / rank if rank else 0, dtype)
+    if not model.embedding.weight.is_meta:
+        init_adapters(model, seed)
+    return model
+
+
+def attach(block, target, rank, scale, dtype):
+    """Put adapters beside one of a block's matrices."""
+    if target in MATRICES:
+        module, prefix = block.mlp, f"{target}_"
+        module.__class__, like = FrozenExperts, module.down_bias
+        (E, C), (_, two_f) = module.down_bias.shape, module.gate_up_bias.shape
+        inputs, outputs = (C, two_f) if target == "gate_up" else (two_f // 2, C)
+        shapes = (E, inputs, rank), (E, rank, outputs)
+    else:
+        module, prefix = block.get_submodule(LINEAR[target]), ""
+        module.__class__ = LowRankRouter if target == "router" else LowRankLinear
+        like, (outputs, inputs) = module.weight, module.weight.shape
+        shapes = (rank, inputs), (outputs, rank)
+    if not 0 < rank <= min(inputs, outputs):
+        raise ValueError(
+            f"lora_rank={rank}: {target} is a matrix {inputs} x {outputs}, so its adapters can "
+            f"have ranks 1 to {min(inputs, outputs)}"
+        )
+    module.lora_scale = scale
+    for letter, shape in zip("ab", shapes):
+        factor = torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
+        setattr(module, f"{prefix}lora_{letter}", nn.Parameter(factor))
+
+
+def adapters(model):
+    """{name: parameter} of the adapters."""
+    return {name: p for name, p in model.named_parameters() if is_adapter(name)}
+
+
+def base(model):
+    """{name: parameter} of everything else."""
+    return {name: p for name, p in model.named_parameters() if not is_adapter(name)}
+
+
+def is_adapter(name):
+    return name.endswith(("lora_a", "lora_b"))
+
+
+@torch.no_grad()
+def init_adapters(model, seed=0):
+    """A: normal, with a standard deviation of 1 / sqrt(in), so that x A is about as large as x. B:
+    zero. The same on any number of ranks."""
+    for number, (name, parameter) in enumerate(adapters(model).items()):
+        if name.endswith("lora_b"):
+            nn.init.zeros_(parameter)
+            continue
+        generator = torch.Generator(parameter.device).manual_seed(seed * 100003 + number)
+        whole = torch.empty(parameter.shape, device=parameter.device)
+        inputs = parameter.shape[1]  # of (r, in), or of (E, in, r)
+        copy_rows(parameter, whole.normal_(0, inputs**-0.5, generator=generator))
+
+
+# --------------------------------------------------------------------------------------------------
+# Folders: adapters.json (rank, alpha, targets, layers, the base's folder and identity),
+# adapters.safetensors, config.json. The base's weights stay where they are.
+
+TENSORS = "adapters.safetensors"
+SETTINGS = {"rank": int, "alpha": float, "targets": str, "layers": str}
+SAMPLE = 4096  # bytes; of each tensor three samples are compared
+
+
+def is_packed(folder):
+    return any(name.endswith("_weight_blocks") for name in weight_files(folder))
+
+
+def identity(folder):
+    """A fingerprint of a checkpoint folder's weights: names, dtypes, shapes and a few kilobytes of
+    each tensor."""
+    digest = hashlib.sha256()
+    for name, place in sorted(read_places(folder)[0].items()):
+        if place is None:
+            raise ValueError(f"{folder}: {name} cannot be read")
+        digest.update(f"{name} {place.dtype} {place.shape}".encode())
+        size = place.shape[0] * place.entry_bytes()
+        with open(place.path, "rb") as file:
+            for start in 0, (size - SAMPLE) // 2, size - SAMPLE:
+                file.seek(place.offset + max(start, 0))
+                digest.update(file.read(min(SAMPLE, size)))
+    return digest.hexdigest()
+
+
+def read_settings(folder):
+    """adapters.json of a folder with adapters. ValueError if it is not one, or if the base is not
+    there or is another one."""
+    path = Path(folder) / ADAPTERS
+    given = read_json(path)
+    wanted = SETTINGS | {"base": str, "identity": str}
+    for name, kind in wanted.items():
+        if not isinstance(given.get(name), kind):
+            raise ValueError(f"{path}: {name} is {given.get(name)!r}, not a {kind.__name__}")
+    base = Path(given["base"])
+    if not base.is_dir():
+        raise ValueError(f'{path}: the base {base} is not there; "base" may name another place')
+    if identity(base) != given["identity"]:
+        raise ValueError(
+            f"{path}: {base} holds other weights than those that the adapters were trained on"
+        )
+    return given
+
+
+def attach_saved(model, settings, dtype=None):
+    return adapt(model, **{name: settings[name] for name in SETTINGS}, dtype=dtype)
+
+
+def from_checkpoint(folder, device="cpu", dtype=None, recompute="none"):
+    """GPTOSS.from_checkpoint of a folder that may be packed, and stays packed in memory, or hold
+    adapters, which are attached to their base. Errors: those of weights.load_weights and
+    read_settings."""
+    folder = Path(folder)
+    settings = read_settings(folder) if exists(folder / ADAPTERS) else None
+    source = Path(settings["base"]) if settings else folder
+    with torch.device("meta"):
+        model = GPTOSS(GPTOSSConfig.from_json(source / "config.json"), recompute)
+    model = model.to(dtype or stored_dtype(source))
+    if is_packed(source):
+        pack(model)
+    if settings:
+        attach_saved(model, settings)
+    model.to_empty(device=device)
+    fill(base(model), source)
+    if settings:
+        load_adapters(model, folder)
+    return model
+
+
+@torch.no_grad()
+def load_adapters(model, folder):
+    places, problems = open_adapters(folder)
+    wanted = adapters(model)
+    check_places(folder, places, problems, {name: tuple(p.shape) for name, p in wanted.items()})
+    for name, parameter in wanted.items():
+        copy_rows(parameter, places[name])
+
+
+def open_adapters(folder):
+    """({name: Place}, problems) of the adapters in a folder."""
+    try:
+        return read_header(Path(folder) / TENSORS), []
+    except Exception as error:  # safetensors has an exception for each way to be wrong
+        raise ValueError(f"{Path(folder) / TENSORS}: cannot be read ({error})") from None
+
+
+@torch.no_grad()
+def save_adapters(model, folder, settings, write_config):
+    """Write a folder with the model's adapters, which may replace an older one; `settings` as
+    read_settings returns them. All ranks of a sharded model call this together; the first writes.
+    ValueError if `folder` holds anything but adapters."""
+    folder, tensors = Path(folder), {}
+    if exists(folder) and any(folder.iterdir()) and not exists(folder / ADAPTERS):
+        raise ValueError(f"{folder} holds something other than adapters: name another folder")
+    for name, parameter in adapters(model).items():
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        if first_rank():
+            tensors[name] = whole.detach().cpu().contiguous()
+    if first_rank():
+        with Aside(folder, replace=True) as aside:
+            (aside / TENSORS).write_bytes(safetensors.torch.save(tensors))
+            (aside / ADAPTERS).write_text(json.dumps(settings, indent=2) + "\n")
+            write_config(aside / "config.json")
+
+
+@dataclass(frozen=True)
+class Merged:
+    """W + scale A B, as shards.Place shows a matrix that a file holds. `place` shows W."""
+
+    place: object
+    a: torch.Tensor  # (r, in) or (E, in, r)
+    b: torch.Tensor  # (out, r) or (E, r, out)
+    scale: float
+
+    @property
+    def shape(self):
+        return self.place.shape
+
+    @property
+    def dtype(self):
+        return self.place.dtype
+
+    def entry_bytes(self):
+        return self.place.entry_bytes()
+
+    def __getitem__(self, entries):
+        weight = wide(self.place[entries])
+        pair = (
+            (self.b[entries], self.a) if self.a.dim() == 2 else (self.a[entries], self.b[entries])
+        )
+        return (weight + self.scale * (pair[0] @ pair[1]).to(weight.dtype)).to(self.dtype)
+
+
+def places(folder):
+    """({our name: Place, Unpacked or Merged}, problems) of a checkpoint folder, plain, packed or
+    with adapters, as convert_hf.py exports it."""
+    folder = Path(folder)
+    if not exists(folder / ADAPTERS):
+        found, problems = read_places(folder)
+        return unpacked(found), problems
+    settings = read_settings(folder)
+    found, problems = places(settings["base"])
+    opened, more = open_adapters(folder)
+    factors = {name: wide(place[:]) for name, place in opened.items()}
+    for name in [name.removesuffix("lora_a") for name in factors if name.endswith("lora_a")]:
+        weight = f"{name}weight"  # of "….qkv." or "….gate_up_"
+        if weight not in found:
+            raise ValueError(f"{folder}: adapters for {weight}, which the base does not have")
+        pair = factors[f"{name}lora_a"], factors[f"{name}lora_b"]
+        found[weight] = Merged(found[weight], *pair, settings["alpha"] / settings["rank"])
+    return found, problems + more
