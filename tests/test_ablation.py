@@ -35,7 +35,7 @@ def test_a_change_computes_the_same(what, recompute, change):
     assert_all_close(actual, expected, 1e-5)
 
 
-@pytest.mark.parametrize("name", fast.PAIRS)
+@pytest.mark.parametrize("name", ablation.PAIRS)
 def test_a_pair_off_runs_its_definition(name, monkeypatch):
     """Its fast twin is not called, and the others are."""
     called = set()
