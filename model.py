@@ -81,7 +81,7 @@ class GPTOSSConfig:
             )
         if self.rope_theta <= 1:
             raise ValueError(
-                f"rope_theta={self.rope_theta}, the base of the rotary frequencies, must exceed 1"
+                f"rope_theta={self.rope_theta}, the base of rotary angles, must be greater than 1"
             )
         if self.head_dim % 2:
             raise ValueError(
