@@ -3,6 +3,7 @@ transformers and vLLM load.
 
     python convert_hf.py openai/gpt-oss-20b            # from the Hub -> checkpoints/gpt-oss-20b
     python convert_hf.py my-download --out my-folder   # a local folder, to a place of your choice
+    python convert_hf.py openai/gpt-oss-20b --packed   # experts stay in MXFP4: a third of the disk
     python convert_hf.py openai/gpt-oss-20b --verify   # ours against transformers' on one prompt
     python convert_hf.py --export runs/my-run --out my-model
     python convert_hf.py --export runs/my-run --out my-model --mxfp4
@@ -11,6 +12,10 @@ Three layouts are read: Hugging Face's with its experts in bf16 or in MXFP4, and
 (`original/` on the Hub). Before a byte is written the two sets of names must be equal, both ways,
 and every shape as expected. Dtypes stay as stored; MXFP4 becomes bf16, exactly. Tensors pass in
 slices of a few megabytes, so a laptop's memory is enough.
+
+--packed keeps the experts' matrices as uint8: blocks.N.mlp.gate_up_weight becomes
+blocks.N.mlp.gate_up_weight_blocks (E, out, G, 16) and …_scales (E, out, G), the same for
+down_weight. Unpacked and transposed they are bitwise the bf16 matrix (E, in, out), gates first.
 
 Reference: the layouts, https://huggingface.co/openai/gpt-oss-20b
 
@@ -34,6 +39,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+import lora
 from folders import Aside, exists, refuse_occupied
 from model import GPTOSS, GPTOSSConfig
 from mxfp4 import GROUP, dequantize_mxfp4, quantize_mxfp4
@@ -90,13 +96,15 @@ class Counterpart(NamedTuple):
     mxfp4: bool = False  # theirs are blocks and scales
 
 
-def deinterleave(x):
-    """Columns (gate, up, gate, up, …), as theirs -> all gates, then all ups, as ours."""
-    return torch.cat([x[..., 0::2], x[..., 1::2]], dim=-1)
+def deinterleave(x, dim=-1):
+    """(gate, up, gate, up, …) along `dim`, as theirs -> all gates, then all ups, as ours."""
+    dim %= x.dim()
+    return torch.cat(x.unflatten(dim, (-1, 2)).unbind(dim + 1), dim)
 
 
-def interleave(x):
-    return torch.stack(x.chunk(2, dim=-1), dim=-1).flatten(-2)
+def interleave(x, dim=-1):
+    dim %= x.dim()
+    return torch.stack(x.chunk(2, dim), dim + 1).flatten(dim, dim + 1)
 
 
 def their_name(name, layout):
@@ -119,20 +127,11 @@ def counterpart(name, shape, config, layout, mxfp4):
     ours, back = torch.Tensor.contiguous, torch.Tensor.contiguous
     if "gate_up" in name:
         ours, back = deinterleave, interleave
-    matrix = name.endswith(("gate_up_weight", "down_weight"))  # (E, in, out); theirs (E, out, in)
-    if not (matrix and (mxfp4 or layout == OPENAI)):
+    if not (is_matrix(name) and (mxfp4 or layout == OPENAI)):
         return Counterpart(name, shape, {their: shape}, ours, lambda x: (back(x),))
-    experts, inputs, outputs = shape
     if not mxfp4:
-        theirs = {their: (experts, outputs, inputs)}
+        theirs = {their: (shape[0], shape[2], shape[1])}
         return Counterpart(name, shape, theirs, lambda x: ours(x.mT), lambda x: (back(x).mT,))
-    if inputs % GROUP:
-        raise ValueError(
-            f"{name}: MXFP4 needs a multiple of {GROUP} inputs, and this has {inputs}: export "
-            "without --mxfp4"
-        )
-    groups, joint = (experts, outputs, inputs // GROUP), "." if layout == OPENAI else "_"
-    theirs = {f"{their}{joint}blocks": (*groups, GROUP // 2), f"{their}{joint}scales": groups}
 
     def unpack(blocks, scales):
         return ours(dequantize_mxfp4(blocks.to(DEVICE), scales.to(DEVICE)).mT)
@@ -140,16 +139,55 @@ def counterpart(name, shape, config, layout, mxfp4):
     def pack(x):
         return quantize_mxfp4(back(x.to(DEVICE)).mT)
 
+    joint = "." if layout == OPENAI else "_"
+    theirs = {f"{their}{joint}{part}": form for part, form in packed_shapes(name, shape).items()}
     return Counterpart(name, shape, theirs, unpack, pack, mxfp4=True)
 
 
-def counterparts(config, layout, mxfp4):
-    """The Counterpart of every parameter of the model, in its order."""
+def packed_counterparts(name, shape, layout):
+    """The Counterparts of our packed matrix `name`: its blocks and its scales."""
+    their, joint = their_name(name, layout), "." if layout == OPENAI else "_"
+    ours, back = torch.Tensor.contiguous, torch.Tensor.contiguous
+    if "gate_up" in name:
+        ours, back = functools.partial(deinterleave, dim=1), functools.partial(interleave, dim=1)
+    return [
+        Counterpart(
+            f"{name}_{part}", form, {f"{their}{joint}{part}": form}, ours, lambda x: (back(x),)
+        )
+        for part, form in packed_shapes(name, shape).items()
+    ]
+
+
+def packed_shapes(name, shape):
+    """The shapes of the blocks and scales of a matrix (E, in, out)."""
+    experts, inputs, outputs = shape
+    if inputs % GROUP:
+        raise ValueError(
+            f"{name}: MXFP4 needs a multiple of {GROUP} inputs, and this has {inputs}: export "
+            "without --mxfp4"
+        )
+    groups = (experts, outputs, inputs // GROUP)
+    return {"blocks": (*groups, GROUP // 2), "scales": groups}
+
+
+def is_matrix(name):
+    """Is it of the experts' matrices? Ours are (E, in, out), others' also (E, out, in) or packed."""
+    return name.endswith(("gate_up_weight", "down_weight"))
+
+
+def counterparts(config, layout, mxfp4, packed=False):
+    """The Counterparts of every parameter of the model, in its order. mxfp4: experts are packed
+    there; packed: here too."""
     with torch.device("meta"):
         parameters = dict(GPTOSS(config).named_parameters())
-    return [
-        counterpart(name, tuple(p.shape), config, layout, mxfp4) for name, p in parameters.items()
-    ]
+    pairs = []
+    for name, parameter in parameters.items():
+        shape = tuple(parameter.shape)
+        if packed and is_matrix(name):
+            pairs += packed_counterparts(name, shape, layout)
+        else:
+            pairs.append(counterpart(name, shape, config, layout, mxfp4))
+    return pairs
 
 
 # --------------------------------------------------------------------------------------------------
@@ -183,7 +221,7 @@ def convert(jobs):
         for (name, place), result in zip(job.targets.items(), results, strict=True):
             assert result.shape[1:] == place.shape[1:]
             assert entries == slice(None) or len(result) == entries.stop - entries.start
-            if result.is_floating_point() and not result.isfinite().all():
+            if not numbers(name, result):
                 broken.add(name)
             place.write(entries.start or 0, result)
             bar.update(place.entry_bytes() * len(result))
@@ -204,6 +242,13 @@ def convert(jobs):
     seconds = time.perf_counter() - began
     print(f"{total / 1e9:.3f} GB written in {seconds:.1f} s: {total / 1e9 / seconds:.2f} GB/s")
     return sorted(broken)
+
+
+def numbers(name, tensor):
+    """False if there is NaN or infinity in it. A scale of 255 is NaN; blocks have none."""
+    if tensor.is_floating_point():
+        return tensor.isfinite().all()
+    return not (name.endswith("scales") and (tensor == 255).any())
 
 
 def warn_of(broken):
@@ -270,14 +315,17 @@ def read_source(folder):
     return config, places, layout, mxfp4
 
 
-def import_checkpoint(source, out):
+def import_checkpoint(source, out, packed=False):
     """Convert the folder or Hub name `source` into the checkpoint folder `out`. Returns the names
-    of tensors that hold NaN or infinity. ValueError or OSError, and no folder, if it is broken."""
+    of tensors that hold NaN or infinity. packed: experts stay in MXFP4. ValueError or OSError, and
+    no folder, if the source is broken."""
     refuse_occupied(out)
     folder = fetch(source)
     config, places, layout, mxfp4 = read_source(folder)
     print(f"{folder}: layout {layout}, experts in {'MXFP4' if mxfp4 else 'plain floats'}")
-    pairs = counterparts(config, layout, mxfp4)
+    if packed and not mxfp4:
+        raise ValueError(f"{folder}: its experts are not in MXFP4: import it without --packed")
+    pairs = counterparts(config, layout, mxfp4, packed)
 
     def dtype(pair):
         stored = functools.reduce(torch.promote_types, (places[name].dtype for name in pair.theirs))
@@ -313,12 +361,13 @@ def export_checkpoint(run, out, mxfp4=False, dtype=None, tokenizer=None):
         raise FileNotFoundError(f"--tokenizer {tokenizer}: no such folder")
     found = find_model(run)
     folder = found.weights
-    if found.layout != "ours":
+    if found.layout not in ("ours", "adapters"):
         raise ValueError(f"{folder} is no checkpoint of ours: import it first")
     config = GPTOSSConfig.from_json(folder / "config.json")
     source = read_json(folder / HF_CONFIG) if exists(folder / HF_CONFIG) else {}
-    places, problems = read_places(folder)
-    pairs = counterparts(config, HUGGING_FACE, mxfp4)
+    packed = mxfp4 and found.layout == "ours" and lora.is_packed(folder)
+    places, problems = read_places(folder) if packed else lora.places(folder)
+    pairs = counterparts(config, HUGGING_FACE, mxfp4, packed)
     check_places(folder, places, problems, {pair.name: pair.shape for pair in pairs})
     squares = []  # of the error and of the weights, of each slice that is quantized
 
@@ -330,7 +379,8 @@ def export_checkpoint(run, out, mxfp4=False, dtype=None, tokenizer=None):
         return theirs
 
     def stored(pair):
-        return torch.uint8 if pair.mxfp4 else dtype or places[pair.name].dtype
+        own = torch.uint8 if pair.mxfp4 else places[pair.name].dtype
+        return dtype if dtype and own.is_floating_point else own
 
     with Aside(out) as aside:
         theirs = create_shards(
@@ -345,7 +395,9 @@ def export_checkpoint(run, out, mxfp4=False, dtype=None, tokenizer=None):
             )
             for p in pairs
         )
-        if mxfp4:
+        if packed:
+            print("MXFP4 experts: blocks and scales as they were stored")
+        elif mxfp4:
             error, weights = map(sum, zip(*squares))
             relative = math.sqrt(error / weights) if weights else 0.0
             print(f"MXFP4 experts: relative error {relative:.3e}")
@@ -410,7 +462,7 @@ def verify(source, folder):
     except ImportError as error:
         raise ValueError("--verify compares with transformers: pip install transformers") from error
     source, config = fetch(source), GPTOSSConfig.from_json(folder / "config.json")
-    parameters = sum(math.prod(place.shape) for place in read_places(folder)[0].values())
+    parameters = sum(math.prod(place.shape) for place in lora.places(folder)[0].values())
     exact = 4 * parameters < 0.8 * free_memory()
     dtype, tolerance, judged = torch.bfloat16, 0.5, torch.median
     if exact:
@@ -463,6 +515,7 @@ def main(arguments=None):
     add = parser.add_argument
     add("source", nargs="?", help="what to import: a name on the Hub, or a folder")
     add("--out", type=Path, help="the new folder (import: checkpoints/ and the source's last part)")
+    add("--packed", action="store_true", help="keep the experts of an import in MXFP4")
     add("--verify", action="store_true", help="convert if need be, then compare with transformers")
     add("--export", type=Path, metavar="RUN", help="export a training run or checkpoint instead")
     add("--mxfp4", action="store_true", help="export experts in MXFP4")
@@ -475,8 +528,8 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     if (options.source is None) == (options.export is None):
         parser.error("give either a source to import or --export RUN")
-    if options.export and (options.verify or not options.out):
-        parser.error("--export needs --out DIR, and has no --verify")
+    if options.export and (options.verify or options.packed or not options.out):
+        parser.error("--export needs --out DIR, and has no --verify and no --packed")
     if options.source and (options.mxfp4 or options.dtype or options.tokenizer):
         parser.error("--mxfp4, --dtype and --tokenizer belong to --export")
     try:
@@ -484,9 +537,10 @@ def main(arguments=None):
             dtype = getattr(torch, options.dtype) if options.dtype else None
             export_checkpoint(options.export, options.out, options.mxfp4, dtype, options.tokenizer)
             return
-        out = options.out or Path("checkpoints") / Path(options.source).resolve().name
+        name = Path(options.source).resolve().name + ("-packed" if options.packed else "")
+        out = options.out or Path("checkpoints") / name
         if not (options.verify and exists(out / "config.json")):
-            broken = import_checkpoint(options.source, out)
+            broken = import_checkpoint(options.source, out, options.packed)
             print(f"{out} is {'converted, as broken as its source' if broken else 'ready'}")
         if options.verify:
             verify(options.source, out)

@@ -110,6 +110,48 @@ def test_openai_layout_imports_to_the_same(tmp_path, sizes, make):
     assert a.keys() == b.keys() and all(same_bits(a[name], b[name]) for name in a)
 
 
+@SIZES
+@pytest.mark.parametrize("original", [False, True], ids=["hugging_face", "openai"])
+def test_packed_import_holds_the_same_values(tmp_path, sizes, original):
+    """Unpacked when it is loaded, it is bitwise the unpacked import; on disk experts take a byte
+    for two values."""
+    source = mxfp4_folder(tmp_path / "source", sizes)
+    original = original_folder(source, tmp_path / "original") if original else source
+    import_checkpoint(str(source), tmp_path / "plain")
+    import_checkpoint(str(original), tmp_path / "packed", packed=True)
+    plain, packed = all_tensors(tmp_path / "plain"), all_tensors(tmp_path / "packed")
+    for name, matrix in plain.items():
+        if name.endswith(("gate_up_weight", "down_weight")):
+            blocks, scales = (packed.pop(f"{name}_{part}") for part in ("blocks", "scales"))
+            assert blocks.dtype == scales.dtype == torch.uint8
+            assert same_bits(dequantize_mxfp4(blocks, scales).mT.contiguous(), matrix)
+            assert blocks.numel() * 2 == scales.numel() * 32 == matrix.numel()
+        else:
+            assert same_bits(packed.pop(name), matrix)
+    assert packed == {}
+    a = GPTOSS.from_checkpoint(tmp_path / "packed")
+    b = GPTOSS.from_checkpoint(tmp_path / "plain")
+    assert all(same_bits(x.data, y.data) for x, y in zip(a.parameters(), b.parameters()))
+    if original is source:  # OpenAI's config.json leaves out an epsilon that is not the default
+        assert_close(our_logits(tmp_path / "packed"), their_logits(source))
+
+
+def test_packed_export(tmp_path, capsys):
+    """Back to MXFP4 byte for byte, as stored; to bf16 as from the unpacked folder."""
+    source = mxfp4_folder(tmp_path / "source")
+    import_checkpoint(str(source), tmp_path / "packed", packed=True)
+    export_checkpoint(tmp_path / "packed", tmp_path / "back", mxfp4=True)
+    assert "blocks and scales as they were stored" in capsys.readouterr().out
+    before, after = all_tensors(source), all_tensors(tmp_path / "back")
+    assert before.keys() == after.keys() and all(same_bits(before[n], after[n]) for n in before)
+    assert_close(our_logits(tmp_path / "packed"), their_logits(tmp_path / "back"))
+    export_checkpoint(tmp_path / "packed", tmp_path / "bf16", dtype=torch.bfloat16)
+    import_checkpoint(str(source), tmp_path / "plain")
+    export_checkpoint(tmp_path / "plain", tmp_path / "expected", dtype=torch.bfloat16)
+    a, b = all_tensors(tmp_path / "bf16"), all_tensors(tmp_path / "expected")
+    assert a.keys() == b.keys() and all(same_bits(a[name], b[name]) for name in a)
+
+
 def test_stored_dtypes_stay_and_shards_are_whole(tmp_path, monkeypatch):
     """Mixed dtypes and odd sizes: every tensor must be aligned, or torch cannot map it."""
     source = hugging_face_folder(tmp_path / "source")

@@ -210,6 +210,12 @@ def test_importing_a_converted_folder_and_exporting_a_foreign_one(tmp_path, whol
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]
 
 
+def test_packed_needs_a_packed_source(tmp_path, whole):
+    with pytest.raises(SystemExit, match="source: its experts are not in MXFP4: .* --packed"):
+        main([str(whole), "--out", str(tmp_path / "ours"), "--packed"])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_mxfp4_refuses_what_it_cannot_hold(tmp_path):
     run = training_run(tmp_path / "run", hidden_size=48)
     with pytest.raises(ValueError, match="multiple of 32 inputs, and this has 48"):
@@ -225,7 +231,14 @@ def test_mxfp4_refuses_what_it_cannot_hold(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["a", "--export", "b", "--out", "c"], ["--export", "b"], ["a", "--mxfp4"]]
+    "arguments",
+    [
+        [],
+        ["a", "--export", "b", "--out", "c"],
+        ["--export", "b"],
+        ["a", "--mxfp4"],
+        ["--export", "b", "--out", "c", "--packed"],
+    ],
 )
 def test_options_that_do_not_go_together(arguments):
     with pytest.raises(SystemExit) as error:
@@ -389,6 +402,8 @@ def test_an_mxfp4_scale_that_is_no_number(tmp_path, capsys):
     edit_tensors(source, lambda tensors: tensors[name][1, 2].fill_(255))
     main([str(source), "--out", str(tmp_path / "ours")])
     assert "values, and a model with them" in capsys.readouterr().err
+    main([str(source), "--out", str(tmp_path / "packed"), "--packed"])
+    assert "gate_up_weight_scales\n" in capsys.readouterr().err
 
 
 def test_an_export_without_a_tokenizer_is_not_ready(tmp_path, capsys):
