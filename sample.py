@@ -6,8 +6,6 @@
     python sample.py runs/finetune_chat "Which keyword leaves a loop?" --chat --temperature=0
     python sample.py --help
 
-The prompt passes the model some tokens at a time, then each new token alone: what attention needs of the tokens before it,
-their keys and values, stays in a KeyValueCache. B sequences, S new tokens, T tokens that attention sees, K key-value heads, D.
 """
 
 import argparse
@@ -16,112 +14,15 @@ import json
 import re
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
 
 from chat import load_harmony
+from generate import Decoder, check_request, room_for
 from model import GPTOSS, GPTOSSConfig
 from tokenizer import TOKENIZERS, ByteTokenizer, HarmonyTokenizer, get_tokenizer
-
-PROMPT_TOKENS = 128  # that pass the model at a time: attention holds heads x 128 x T scores three times, 13 GB at the full context
-
-
-class KeyValueCache:
-    """The keys and values of the tokens so far, for GPTOSS.features. A windowed layer keeps the few that later tokens can see."""
-
-    def __init__(self, config, capacity):
-        self.config, self.capacity = config, capacity  # tokens
-        self.length, self.layers = 0, {}
-
-    def extend(self, layer, k, v):
-        """Add k and v (B, S, K, D) of new tokens. Returns those (B, T, K, D) that the new tokens see: the last S are their own."""
-        window = self.config.window(layer)
-        if layer == 0:
-            self.length += k.shape[1]
-        if window is None:
-            if (
-                layer not in self.layers
-            ):  # the whole room at once: nothing is copied when a token is added
-                self.layers[layer] = [
-                    x.new_empty(x.shape[0], self.capacity, *x.shape[2:]) for x in (k, v)
-                ]
-            for room, new in zip(self.layers[layer], (k, v)):
-                room[:, self.length - new.shape[1] : self.length] = new
-            return [room[:, : self.length] for room in self.layers[layer]]
-        if layer in self.layers:
-            k, v = (torch.cat(pair, dim=1) for pair in zip(self.layers[layer], (k, v)))
-        first = max(
-            k.shape[1] - (window - 1), 0
-        )  # the next token is itself one of the `window` that it sees
-        self.layers[layer] = [x[:, first:].clone() for x in (k, v)]  # a view would keep all of x
-        return k, v
-
-
-def draw(logits, temperature, top_p, generator=None):
-    """logits (B, V) -> a token for each (B): the likeliest at temperature 0, else drawn from the likeliest ones that together
-    have the probability `top_p`."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    probabilities = (logits.float() / temperature).softmax(-1)
-    if top_p < 1:
-        likeliest, order = probabilities.sort(-1, descending=True)
-        likeliest[likeliest.cumsum(-1) - likeliest >= top_p] = (
-            0  # those before it have top_p already
-        )
-        probabilities = torch.zeros_like(probabilities).scatter(-1, order, likeliest)
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
-
-
-def check_request(config, tokens, max_tokens, temperature, top_p):
-    """ValueError for a prompt or numbers that `generate` cannot work with."""
-    context = config.max_position_embeddings
-    if not 0 < len(tokens) < context:
-        raise ValueError(
-            f"a prompt of {len(tokens)} tokens: this model takes 1 to {context - 1}, and needs room to answer"
-        )
-    for name, value, fine in (
-        ("max_tokens", max_tokens, max_tokens >= 1),
-        ("temperature", temperature, 0 <= temperature < float("inf")),
-        ("top_p", top_p, 0 < top_p <= 1),
-    ):
-        if not fine:
-            raise ValueError(
-                f"{name}={value}: max_tokens is 1 or more, temperature 0 or more, top_p in (0, 1]"
-            )
-
-
-@torch.no_grad()
-def generate(
-    model,
-    tokens,
-    max_tokens,
-    temperature=1.0,
-    top_p=1.0,
-    stop=(),
-    generator=None,
-    prompt_tokens=PROMPT_TOKENS,
-):
-    """Yield the tokens that follow the list `tokens`, one by one: at most `max_tokens` or what the context has room for, up to
-    one in `stop`, which is not yielded. `generator` is a torch.Generator on the model's device. ValueError: see check_request."""
-    check_request(model.config, tokens, max_tokens, temperature, top_p)
-    max_tokens, device = (
-        min(max_tokens, model.config.max_position_embeddings - len(tokens)),
-        model.embedding.weight.device,
-    )
-    cache = KeyValueCache(model.config, len(tokens) + max_tokens)
-    new = torch.tensor([tokens], device=device)
-    for _ in range(max_tokens):
-        for part in new.split(prompt_tokens, dim=1):
-            x = model.features(part, cache=cache)  # (1, S, C)
-        new = draw(model.unembedding(x[:, -1]), temperature, top_p, generator)[
-            None
-        ]  # (1, 1), from the last token's logits only
-        token = int(new)
-        if token in stop:
-            return
-        yield token
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Tokens and text
@@ -229,15 +130,20 @@ def write(
             f"{weights} has {ours} tokens, {name} has {theirs}: choose --tokenizer={other}"
         )
     model = GPTOSS.from_checkpoint(weights, device)
-    generator, times = torch.Generator(device).manual_seed(seed), [time.perf_counter()]
+    capacity, times = len(tokens) + room_for(config, tokens, max_tokens), [time.perf_counter()]
+    decoder = Decoder(model, 1, capacity, temperature, top_p)
 
-    def timed(tokens):
-        for token in tokens:
+    def answer():
+        stream = decoder.stream([tokens], max_tokens, tokenizer.stop, [seed])
+        while True:
+            with redirect_stdout(sys.stderr):  # for what is said about kernels
+                _, token, _ = next(stream, (0, None, 0))
+            if token is None or token in tokenizer.stop:
+                return
             times.append(time.perf_counter())
             yield token
 
-    answer = generate(model, tokens, max_tokens, temperature, top_p, tokenizer.stop, generator)
-    pieces = text_of(timed(answer), tokenizer)
+    pieces = text_of(answer(), tokenizer)
     for number, piece in enumerate(readable(pieces) if chat else pieces):
         print(piece if number or chat else prompt + piece, end="", flush=True)
     print(flush=True)

@@ -23,6 +23,7 @@ Reference: DeepSpeed-Ulysses, https://arxiv.org/abs/2309.14509
 """
 
 import functools
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -37,6 +38,17 @@ def init(mesh):
     """Share each sequence among the ranks of `mesh`, a 1-d DeviceMesh; None ends sharing."""
     global _group
     _group = mesh.get_group() if mesh is not None and mesh.size() > 1 else None
+
+
+@contextmanager
+def alone():
+    """Inside, this rank computes whole sequences of its own."""
+    global _group
+    before, _group = _group, None
+    try:
+        yield
+    finally:
+        _group = before
 
 
 def size():

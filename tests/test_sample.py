@@ -1,4 +1,4 @@
-"""Generation: what the cache keeps changes nothing, tokens are drawn as they should be, and the terminal shows what was said."""
+"""The command: what it prints, and what it says to mistakes."""
 
 import json
 import os
@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import noise_, tiny_config, twins
+from common import tiny_config
 
 import chat
+from generate import generate
 from model import GPTOSS
-from sample import KeyValueCache, chat_prompt, draw, generate, locate, readable, text_of, write
+from sample import chat_prompt, locate, readable, text_of, write
 from tokenizer import ByteTokenizer, get_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,165 +26,6 @@ def need_vocabulary():
         )
     ):
         pytest.skip("the o200k vocabulary is not here: set TIKTOKEN_CACHE_DIR to a folder with it")
-
-
-def prompt_of(config, n, B=1, seed=0):
-    return torch.randint(config.vocab_size, (B, n), generator=torch.Generator().manual_seed(seed))
-
-
-def greedy_without_cache(model, tokens, n):
-    """All of it again for every token, in one piece."""
-    tokens = list(tokens)
-    for _ in range(n):
-        tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
-    return tokens[-n:]
-
-
-# The cache
-
-
-@pytest.mark.parametrize("prompt_tokens", [1, 3, 7, 8, 64])
-@pytest.mark.parametrize("window", [1, 7, 50])
-@torch.no_grad()
-def test_greedy_tokens_equal_those_without_a_cache(window, prompt_tokens):
-    model = noise_(GPTOSS(tiny_config(sliding_window=window)))
-    tokens = prompt_of(model.config, 23)[0].tolist()  # three windows and a bit
-    expected = greedy_without_cache(model, tokens, 12)
-    assert len(set(expected)) > 2  # not a model that says one thing
-    assert list(generate(model, tokens, 12, temperature=0, prompt_tokens=prompt_tokens)) == expected
-
-
-@pytest.mark.parametrize("chunks", [[29], [1] * 29, [5, 1, 7, 13, 1, 2], [20, 9]])
-@torch.no_grad()
-def test_features_with_a_cache_equal_those_without(chunks):
-    model = noise_(GPTOSS(tiny_config()))
-    tokens = prompt_of(model.config, 29, B=2)
-    cache = KeyValueCache(model.config, 29)
-    parts = [model.features(part, cache=cache) for part in tokens.split(chunks, dim=1)]
-    assert cache.length == 29
-    torch.testing.assert_close(torch.cat(parts, dim=1), model.features(tokens), rtol=0, atol=2e-5)
-
-
-def test_generation_keeps_no_graph(monkeypatch):
-    """Or the cache would hold every layer's activations of every token."""
-    model, drawn = noise_(GPTOSS(tiny_config())), []
-    features = model.features
-    monkeypatch.setattr(
-        model,
-        "features",
-        lambda *args, **kwargs: drawn.append(features(*args, **kwargs)) or drawn[-1],
-    )
-    assert len(list(generate(model, [1, 2, 3], 4))) == len(drawn) == 4
-    assert not any(x.requires_grad for x in drawn)
-
-
-def test_a_cache_takes_no_documents():
-    model = noise_(GPTOSS(tiny_config()))
-    tokens = prompt_of(model.config, 9)
-    with pytest.raises(ValueError, match="takes no documents"):
-        model.features(tokens, torch.zeros_like(tokens), cache=KeyValueCache(model.config, 9))
-
-
-def test_greedy_tokens_equal_those_of_transformers():
-    ours, theirs = twins(tiny_config())
-    tokens = prompt_of(ours.config, 23)
-    options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    expected = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), **options)[
-        0, 23:
-    ].tolist()
-    assert list(generate(ours, tokens[0].tolist(), 20, temperature=0, prompt_tokens=5)) == expected
-
-
-@torch.no_grad()
-def test_a_windowed_layer_keeps_what_the_next_token_sees():
-    config = tiny_config()
-    model, cache = noise_(GPTOSS(config)), KeyValueCache(config, 40)
-    for chunk in (20, 1, 1, 15):
-        model.features(prompt_of(config, chunk), cache=cache)
-        for layer, kept in cache.layers.items():
-            for x in kept:
-                assert x.shape[1] == (
-                    40 if config.window(layer) is None else config.sliding_window - 1
-                )
-                assert x.untyped_storage().nbytes() == x.numel() * 4  # and nothing behind it
-    assert cache.length == 37
-
-
-# Drawing
-
-
-def frequencies(probabilities, n=20_000, **options):
-    logits = torch.tensor(probabilities).log().expand(n, -1)
-    drawn = draw(logits, generator=torch.Generator().manual_seed(0), **options)
-    return drawn.bincount(minlength=len(probabilities)) / n
-
-
-@pytest.mark.parametrize(
-    "temperature, top_p, expected",
-    [
-        (1.0, 1.0, [0.2, 0.5, 0.0, 0.3]),
-        (0.5, 1.0, [4 / 38, 25 / 38, 0.0, 9 / 38]),  # squares
-        (1.0, 0.8, [0.0, 5 / 8, 0.0, 3 / 8]),
-        (1.0, 0.79, [0.0, 5 / 8, 0.0, 3 / 8]),  # the token that crosses the line is in
-        (1.0, 0.81, [0.2, 0.5, 0.0, 0.3]),
-        (0.5, 0.6, [0.0, 1.0, 0.0, 0.0]),  # of the distribution that the temperature made
-        (1.0, 1e-9, [0.0, 1.0, 0.0, 0.0]),
-        (0, 1.0, [0.0, 1.0, 0.0, 0.0]),
-    ],
-)
-def test_temperature_and_top_p(temperature, top_p, expected):
-    probabilities = [0.2 - 1e-4, 0.5 + 1e-4, 0.0, 0.3]  # so that no sum is exactly top_p
-    found = frequencies(probabilities, temperature=temperature, top_p=top_p)
-    assert torch.allclose(found, torch.tensor(expected), atol=0.012)
-    assert ((found > 0) == (torch.tensor(expected) > 0)).all()
-
-
-def test_rows_are_drawn_each_from_its_own():
-    logits = torch.tensor([[0.0, 9.0, 9.0, 0.0], [9.0, 0.0, 0.0, 9.0]]).repeat(500, 1)
-    drawn = draw(logits, 1.0, 0.9, torch.Generator().manual_seed(0)).view(500, 2)
-    assert set(drawn[:, 0].tolist()) == {1, 2} and set(drawn[:, 1].tolist()) == {0, 3}
-
-
-def test_seed_stop_and_length():
-    model = noise_(GPTOSS(tiny_config()))
-
-    def run(seed, max_tokens=40, **options):
-        return list(
-            generate(
-                model,
-                [1, 2, 3],
-                max_tokens,
-                generator=torch.Generator().manual_seed(seed),
-                **options,
-            )
-        )
-
-    whole = run(0)
-    assert len(whole) == 40 and run(0) == whole != run(1)
-    assert (
-        run(0, stop=(whole[9], whole[30])) == whole[: whole.index(whole[9])]
-    )  # without the stop token
-    assert run(0, max_tokens=5) == whole[:5]
-    room = model.config.max_position_embeddings - 250
-    assert len(list(generate(model, [1] * 250, 1000))) == room == 6  # the context ends first
-
-
-@pytest.mark.parametrize(
-    "n, options, message",
-    [
-        (0, {}, "prompt of 0 tokens: .* 1 to 255"),
-        (256, {}, "prompt of 256 tokens: .* 1 to 255"),
-        (3, {"max_tokens": 0}, "max_tokens=0"),
-        (3, {"temperature": -1}, "temperature=-1"),
-        (3, {"temperature": float("nan")}, "temperature=nan"),
-        (3, {"top_p": 0}, "top_p=0"),
-        (3, {"top_p": 1.5}, "top_p=1.5"),
-    ],
-)
-def test_bad_arguments_are_named(n, options, message):
-    model = noise_(GPTOSS(tiny_config()))
-    with pytest.raises(ValueError, match=message):
-        list(generate(model, [1] * n, **{"max_tokens": 5, **options}))
 
 
 # Text
@@ -272,7 +114,8 @@ def test_command_on_a_run(folders):
     )
     assert run.returncode == 0, run.stderr
     tokenizer, model = get_tokenizer("bytes"), GPTOSS.from_checkpoint(folders / "converted")
-    greedy = list(generate(model, tokenizer.encode("naïve"), 9, temperature=0, stop=(256,)))
+    (answer,) = generate(model, [tokenizer.encode("naïve")], 9, temperature=0)
+    greedy = [token for token in answer.tokens if token != 256]
     assert run.stdout.decode() == "naïve" + tokenizer.decode(greedy) + "\n"
     assert (
         f"prompt of 6 tokens, answer of {len(greedy)}" in run.stderr.decode()
