@@ -262,10 +262,8 @@ class Attention(nn.Module):
         self.out = nn.Linear(H * D, config.hidden_size)
         self.sinks = nn.Parameter(torch.empty(H))
 
-    def forward(self, x, cos, sin, attend, remember=None):  # x (B, S, C)
+    def forward(self, x, cos, sin, attend):  # x (B, S, C)
         q, k, v = split_and_rotate(self.qkv(x), cos, sin, self.num_key_value_heads)
-        if remember is not None:  # generation: add k and v to those of earlier calls
-            k, v = remember(k, v)  # (B, T, K, D)
         out = sp.ulysses(attend)(q, k, v, self.sinks)  # (B, S, H, D)
         return self.out(out.flatten(2))  # (B, S, H D) -> (B, S, C)
 
@@ -350,8 +348,8 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = Experts(config)
 
-    def forward(self, x, cos, sin, attend, remember=None, chosen=None):  # x (B, S, C)
-        x = x + self.attention(self.attention_norm(x), cos, sin, attend, remember)
+    def forward(self, x, cos, sin, attend, chosen=None):  # x (B, S, C)
+        x = x + self.attention(self.attention_norm(x), cos, sin, attend)
         return x + self.mlp(self.mlp_norm(x), chosen)
 
 
@@ -488,18 +486,14 @@ class GPTOSS(nn.Module):
                 hook.remove()
         return torch.stack(found).unflatten(1, tokens.shape)  # (layers, N, k) -> (layers, B, S, k)
 
-    def features(self, tokens, documents=None, cache=None, routes=None):
-        """tokens (B, S) -> (B, S, C), the input of the unembedding. cache: sample.py's
-        KeyValueCache, for generation."""
+    def features(self, tokens, documents=None, routes=None):
+        """tokens (B, S) -> (B, S, C), the input of the unembedding."""
         self._check(tokens, "tokens", tokens.shape)
         config, s = self.config, tokens.shape[1]
-        S, start = s * sp.size(), cache.length if cache else 0
-        if cache and (documents is not None or sp.size() > 1):
-            raise ValueError("a cache takes no documents and no sequence-parallel group")
-        if start + S > config.max_position_embeddings:
+        S = s * sp.size()
+        if config.max_position_embeddings < S:
             raise ValueError(
-                f"{start + S} tokens exceed "
-                f"max_position_embeddings={config.max_position_embeddings}"
+                f"{S} tokens exceed max_position_embeddings={config.max_position_embeddings}"
             )
         if documents is not None:
             self._check_integers(documents, "documents", tokens.shape)
@@ -511,17 +505,14 @@ class GPTOSS(nn.Module):
                 raise ValueError(f"routes must lie in [0, num_experts={config.num_experts})")
             routes = routes.long()
         x = self.embedding(tokens)  # (B, S, C)
-        cos, sin = rope_tables(config, start + sp.positions(s, tokens.device))
+        cos, sin = rope_tables(config, sp.positions(s, tokens.device))
         attend = {
-            window: functools.partial(dense_attention, window=window)
-            if cache
-            else choose_attention(S, window, documents, x.device, x.dtype, config.head_dim)
+            window: choose_attention(S, window, documents, x.device, x.dtype, config.head_dim)
             for window in (config.sliding_window, None)
         }
         for layer, block in enumerate(self.blocks):
-            remember = functools.partial(cache.extend, layer) if cache else None
             chosen = None if routes is None else routes[layer]
-            inputs = x, cos, sin, attend[config.window(layer)], remember, chosen
+            inputs = x, cos, sin, attend[config.window(layer)], chosen
             kept = self.recompute == "none" or layer >= len(self.blocks) - self.keep_blocks
             if kept or not torch.is_grad_enabled():
                 x = block(*inputs)
