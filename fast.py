@@ -27,6 +27,7 @@ LOSS_TOKENS = 2048  # tokens whose logits exist at a time: 0.8 GiB in bf16 for t
 # with 1024, 8K is 4 % slower
 EXPERT_TOKENS = 32 * 1024  # tokens per tile of the experts: 7 GiB of working memory for the 20b;
 # with 8192, 32K is 10 % slower
+FEW_TOKENS = 2  # up to which generation reads each token's experts by itself
 
 # --------------------------------------------------------------------------------------------------
 # The switch between definitions and fast twins
@@ -49,6 +50,11 @@ def plain(*names):
         yield
     finally:
         _off = before
+
+
+def is_on(name):
+    """Whether the twin or leaf `name` is in use, not switched off by `plain`."""
+    return name not in _off
 
 
 def faster(twin):
@@ -458,7 +464,27 @@ class ExpertsFunction(torch.autograd.Function):
         return dx, None, dgates, *weights, None, None
 
 
+@fused
+def expert_products(x, w, expert):
+    """Row r of x (R, C) times w[expert[r]], of w (E, C, F) -> (R, F). The compiler reads the
+    matrices in place: the gather and the sum are one kernel."""
+    return (x.float()[:, :, None] * w[expert].float()).sum(1).to(x.dtype)
+
+
+def few_experts(x, chosen, gates, w1, b1, w2, b2, limit):
+    """model.experts for a few tokens on a GPU, without gradients: bound by reading the weights, of
+    which tokens rarely share any. Nothing is sorted, and no group is mostly padding."""
+    expert = chosen.flatten()  # (R)
+    where = torch.arange(len(expert), device=x.device).view_as(chosen)
+    h = expert_products(x.repeat_interleave(chosen.shape[1], dim=0), w1, expert)  # (R, 2F)
+    y = expert_products(biased_swiglu(h, b1, expert, limit), w2, expert)  # (R, C)
+    return combine(y, where, gates, b2, chosen)
+
+
 def experts(x, chosen, gates, w1, b1, w2, b2, limit):
+    few = len(x) <= FEW_TOKENS and x.is_cuda and not torch.is_grad_enabled()
+    if few and is_on("expert_products"):
+        return few_experts(x, chosen, gates, w1, b1, w2, b2, limit)
     if not all(size * x.element_size() % 16 == 0 for size in w2.shape[1:]):  # F and C
         return declined(
             "experts",

@@ -30,12 +30,12 @@ import fast
 import model as model_module
 import sp
 from fast import CudnnSinkAttention, block_mask, cudnn_refuses
+from generate import Decoder, capturable, generate
 from loop import memory
 from loop.budget import estimate
 from loop.memory import HostMemory, SplitAdamW, join
 from loop.options import Options
 from model import GPTOSS, GPTOSSConfig, dense_attention, flex_sink_attention
-from sample import generate
 from train import build_model
 
 pytestmark = pytest.mark.gpu
@@ -417,17 +417,41 @@ def test_split_optimizer(size):
     assert relative(ends[0], start) >= 1e-4
 
 
-def test_generation():
-    """Greedy tokens on the GPU are the CPU's, and the cache's those without it."""
+@pytest.mark.parametrize("few", [0, 8])
+def test_generation(few, monkeypatch):
+    """Greedy tokens on the GPU are the CPU's, and those without a cache; for few tokens by either
+    way of computing experts, of which one can be captured in fp32."""
+    monkeypatch.setattr(fast, "FEW_TOKENS", few)
     config = small_config(sliding_window=16)
-    prompt = batch(config, 1, 50)[0][0].tolist()
+    prompts = [batch(config, 1, n)[0][0].tolist() for n in (50, 1, 300, 128, 129)]
     model = noise_(GPTOSS(config))
-    expected = list(generate(model, prompt, 20, temperature=0.0))
+    expected = generate(model, prompts, 40, temperature=0.0)
     model.to(CUDA)
-    assert list(generate(model, prompt, 20, temperature=0.0, prompt_tokens=7)) == expected
+    assert capturable(model, 5) == (few == 8)
+    for options in {"together": 2}, {"together": 5}, {"graphs": False}, {"top_p": 0.5}:
+        answers = generate(model, prompts, 40, temperature=0.0, **options)
+        for (tokens, logprobs), right in zip(answers, expected):
+            assert tokens == right.tokens
+            torch.testing.assert_close(logprobs, right.logprobs, rtol=0, atol=1e-4)
     with torch.no_grad():
-        tokens = torch.tensor([prompt + expected], device=CUDA)
-        assert model(tokens)[0, len(prompt) - 1 : -1].argmax(-1).tolist() == expected
+        tokens = torch.tensor([prompts[0] + expected[0].tokens], device=CUDA)
+        assert model(tokens)[0, 49:-1].argmax(-1).tolist() == expected[0].tokens
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+@pytest.mark.parametrize("slots", [1, 3])
+def test_captured_steps_equal_launched_ones(slots, top_p):
+    model = noise_(GPTOSS(small_config(sliding_window=16))).to(CUDA, torch.bfloat16)
+    prompts = [batch(model.config, 1, n)[0][0].tolist() for n in (250, 3, 90)]
+    options = {"top_p": top_p, "seeds": [3, 4, 3], "together": slots}
+    assert capturable(model, slots)
+    captured, launched = (generate(model, prompts, 300, graphs=g, **options) for g in (True, False))
+    for one, other in zip(captured, launched):
+        assert one.tokens == other.tokens
+        torch.testing.assert_close(one.logprobs, other.logprobs, rtol=0, atol=1e-3)
+    decoder = Decoder(model, 1, 700)
+    assert len(list(decoder.stream([prompts[0]], 300))) == 300
+    assert list(decoder.graphs) == [256, 512, 700]  # read more of the cache as it fills
 
 
 # --------------------------------------------------------------------------------------------------
