@@ -8,6 +8,7 @@
     python -m bench --profile --rows=32K     # where a step's time goes; a trace for ui.perfetto.dev
     python -m bench --accuracy               # bf16 error, ours and transformers', against fp32
     python -m bench --deterministic=true     # are two runs equal to the bit, and what it costs
+    python -m bench --generate --against=transformers  # tokens per second of generation
     python -m bench --curves                 # losses on one rank, at sp 2 and dp 2; docs/curves.png
     python -m bench --plot                   # docs/bench.png from what an earlier run wrote
 
@@ -29,7 +30,17 @@ from pathlib import Path
 import torch
 
 import fast
-from bench import ablation, accuracy, curves, determinism, kernels, plots, profiling, speed
+from bench import (
+    ablation,
+    accuracy,
+    curves,
+    determinism,
+    generate,
+    kernels,
+    plots,
+    profiling,
+    speed,
+)
 from bench.common import GPU, TINY, K
 from bench.report import Results, length, machine, parse_rows, say
 from model import GPTOSSConfig
@@ -41,6 +52,7 @@ COMMANDS = {
     "ablation": ([ablation.section], "8K,32K", "64", 6, 2),
     "profile": ([profiling.section], "8K", "128", 24, 2),
     "accuracy": ([accuracy.section], "4K", "64", 2, 2),
+    "generate": ([generate.section], "1x128,1x4K,1x32K,64x512", "1x8,3x20", 24, 2),
     "deterministic": ([determinism.section], "8K", "128", 24, 2),
 }
 
@@ -90,6 +102,10 @@ KINDS = {  # of measurements, one at a time
         {"action": "store_true"},
         "error of bf16 against fp32, ours and transformers'",
     ),
+    "generate": (
+        {"action": "store_true"},
+        "time to the first token, and tokens per second, of 16x4K: 16 prompts of 4K tokens",
+    ),
     "deterministic": (
         {"choices": ["true", "false"], "default": "false"},
         "run a row twice; compare to the bit; state the cost",
@@ -126,9 +142,12 @@ def check_ranks(options, parser):
 
 def measure(options, parser):
     deterministic, torchrun = options.deterministic == "true", "RANK" in os.environ
-    chosen = [kind for kind in ("ablation", "profile", "accuracy") if getattr(options, kind)]
+    chosen = [
+        kind for kind in ("ablation", "profile", "accuracy", "generate") if getattr(options, kind)
+    ]
     name = chosen[0] if chosen else "deterministic" if deterministic else "bench"
-    if name != "bench" and (torchrun or options.against):
+    against = options.against and name != "generate"
+    if name != "bench" and (torchrun or against):
         parser.error(f"--{name} runs on one GPU, without torchrun and without --against")
     name = "train" if torchrun else name
     sections, on_gpu, on_cpu, *layers = COMMANDS[name]
@@ -143,10 +162,11 @@ def measure(options, parser):
     if options.keep_blocks is not None and options.keep_blocks < 0:
         refuse(parser, f"--keep_blocks={options.keep_blocks}: 0 or more")
     if not torchrun:
-        if any(sequences > 1 for sequences, _ in options.rows):
+        if name != "generate" and any(sequences > 1 for sequences, _ in options.rows):
             launch = "torchrun --nproc_per_node 2 -m bench"
             parser.error(f"--rows: several sequences are for training: start it by {launch}")
-        options.rows = [S for _, S in options.rows]
+        if name != "generate":
+            options.rows = [S for _, S in options.rows]
     if options.layers is None:
         options.layers = layers[0 if GPU else 1]
     try:
