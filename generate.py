@@ -27,7 +27,7 @@ from torch.distributed.fsdp import FSDPModule
 import fast
 import sp
 from fast import fused
-from model import choose_attention, dense_attention, rope_tables, wide
+from model import Experts, choose_attention, dense_attention, rope_tables, wide
 
 PREFILL_TOKENS = 16 * 1024  # of several prompts that pass the model together, padding included
 QUERIES = 128  # that dense attention takes at a time: its scores would grow with S^2
@@ -214,9 +214,10 @@ def cache_bytes(config, slots, capacity, dtype):
 
 def capturable(model, slots):
     """Whether a step can be a CUDA graph: nothing in it may wait for the GPU. The experts by
-    definition do, and so do grouped matmuls other than bf16's on Hopper and later."""
+    definition do, those of frozen.py, and grouped matmuls other than bf16's on Hopper and later."""
     weight, config = model.embedding.weight, model.config
-    if not weight.is_cuda or not fast.is_on("experts"):
+    plain = all(type(block.mlp) is Experts for block in model.blocks)
+    if not weight.is_cuda or not plain or not fast.is_on("experts"):
         return False
     if slots <= fast.FEW_TOKENS and fast.is_on("expert_products"):
         return True
