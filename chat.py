@@ -139,7 +139,7 @@ def render_bytes(chat):
     if chat.tools or chat.system:
         raise ValueError(
             "--tokenizer=bytes spells out plain messages only: "
-            f"{', '.join([*sorted(chat.system), *['tools'] * bool(chat.tools)])} need o200k_harmony"
+            f"{', '.join(sorted({*chat.system, *['tools'] * bool(chat.tools)}))} need o200k_harmony"
         )
     rendered = []
     for place, message in enumerate(chat.messages, 1):

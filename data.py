@@ -135,6 +135,10 @@ def write_corpus(
     or written."""
     out = os.path.normpath(out)
     sources = [find_files(path) for path in paths]
+    for path, files in zip(paths, sources):
+        if len(files) > 1 or files[0][1] != path:
+            shown = ", ".join(name for name, _ in files[:10]) + ", ..." * (len(files) > 10)
+            say(f"{path}: {len(files):,} files: {shown}")
     tokenizer = get_tokenizer(
         tokenizer_name
     )  # loaded, perhaps downloaded, before there are workers

@@ -1,6 +1,7 @@
 """Documents to tokens, on all cores. A document that kills its worker is named; nothing waits for a
 dead worker."""
 
+import contextlib
 import functools
 import json
 import multiprocessing
@@ -72,48 +73,58 @@ def encode_document(document, tokenizer, history="keep", ignore=()):
 # Workers
 
 
-def work(pipe, parents_end, encode):
-    """Encode the documents that come through `pipe`, and send back what each becomes."""
+def encode_batch(batch, encode, place):
+    """The result of each document: tokens, counted, notes, or the text of an error."""
+    results = []
+    for place.value, document in enumerate(batch):
+        try:
+            results.append(encode(document))
+        except ValueError as error:
+            results.append(str(error))
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # also a panic of a tokenizer, which is no Exception
+            text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            results.append(f"{document[0]}: {text}")
+    return results
+
+
+def work(pipe, parents_end, place, encode):
+    """Encode the batches that come through `pipe`, and send back what they become."""
     parents_end.close()  # a copy of it would keep the pipe open after the parent's death
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to answer
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     while True:
         try:
-            batch = pipe.recv()
-        except (EOFError, OSError):  # the parent is gone, or done
+            pipe.send(encode_batch(pipe.recv(), encode, place))
+        except (EOFError, OSError):  # the parent is gone
             return
-        for document in batch:
-            try:
-                result = encode(document)
-            except (KeyboardInterrupt, SystemExit):
-                raise
-            except ValueError as error:
-                result = str(error)
-            except BaseException as error:  # also a panic of a tokenizer, which is no Exception
-                result = f"{document[0]}: {type(error).__name__}: {' '.join(str(error).split())}"
-            pipe.send(result)
 
 
 class Worker:
+    """A process that encodes a batch at a time."""
+
     def __init__(self, encode):
         self.pipe, theirs = multiprocessing.Pipe()
+        self.place = multiprocessing.RawValue("q")  # of the document that it encodes, in its batch
         self.process = multiprocessing.Process(
-            target=work, args=(theirs, self.pipe, encode), daemon=True
+            target=work, args=(theirs, self.pipe, self.place, encode), daemon=True
         )
         self.process.start()
         theirs.close()  # so that its death ends the pipe
-        self.batch, self.results = [], []
 
-    @property
-    def idle(self):
-        return len(self.results) == len(self.batch)
+    def start(self, batch):
+        self.batch, self.place.value = batch, 0
+        with contextlib.suppress(OSError):  # it is dead: results() will find out
+            self.pipe.send(batch)
 
-    def receive(self):
+    def results(self):
+        """Of its batch, see encode_batch. ValueError if it died, with the document it died of."""
         try:
-            self.results.append(self.pipe.recv())
-        except (EOFError, ConnectionResetError):
+            return self.pipe.recv()
+        except (EOFError, OSError):
             self.process.join()
-            code, where = self.process.exitcode, self.batch[len(self.results)][0]
+            code, where = self.process.exitcode, self.batch[self.place.value][0]
             died = f"by signal {-code}" if code < 0 else f"with exit code {code}"
             raise ValueError(
                 f"{where}: the worker that encoded this died {died}: is memory short?"
@@ -124,7 +135,7 @@ def batches(documents):
     batch, size = [], 0
     for document in documents:
         batch.append(document)
-        size += len(document[2]) if document[1] != "record" else len(str(document[2]))
+        size += len(document[2])  # bytes, or the keys of a record
         if size >= BATCH_BYTES or len(batch) == BATCH_DOCUMENTS:
             yield batch
             batch, size = [], 0
@@ -136,26 +147,24 @@ def encode_all(documents, number, **settings):
     """Documents -> (where, result) of each, in order, by `number` workers. A result is what
     encode_document returns for these settings, or the text of its error.
 
-    ValueError with the place of a document that a worker died of."""
+    ValueError with the place of the document that a worker died of."""
     encode = functools.partial(encode_document, **settings)
-    workers, waiting, coming = [], deque(), batches(documents)  # waiting: (batch, results) in order
+    workers, waiting, coming = [], deque(), batches(documents)  # waiting: [batch, results] in order
     try:
         workers = [Worker(encode) for _ in range(number)]
+        slots = {}  # busy worker -> its element of `waiting`
         while True:
             for worker in workers:
-                if worker.idle and len(waiting) < 4 * number and (batch := next(coming, None)):
-                    worker.batch, worker.results = batch, []
-                    waiting.append((batch, worker.results))
-                    try:
-                        worker.pipe.send(batch)
-                    except OSError:  # it is dead
-                        worker.receive()
+                if worker not in slots and len(waiting) < 4 * number and (b := next(coming, None)):
+                    slots[worker] = [b, None]
+                    waiting.append(slots[worker])
+                    worker.start(b)
             if not waiting:
                 return
-            busy = {worker.pipe: worker for worker in workers if not worker.idle}
-            for pipe in connection.wait(list(busy)) if busy else ():
-                busy[pipe].receive()
-            while waiting and len(waiting[0][0]) == len(waiting[0][1]):
+            pipes = {worker.pipe: worker for worker in slots}
+            for pipe in connection.wait(list(pipes)) if pipes else ():
+                slots.pop(pipes[pipe])[1] = pipes[pipe].results()
+            while waiting and waiting[0][1] is not None:
                 batch, results = waiting.popleft()
                 yield from ((document[0], result) for document, result in zip(batch, results))
     finally:

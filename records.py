@@ -50,7 +50,17 @@ BUILTIN = ("browser", "python")
 # A column may be part of the chat if its name has one of these words, in singular or plural ...
 CHAT_WORDS = (
     *("answer", "assistant", "audio", "call", "channel", "chat", "chosen", "completion", "content"),
-    *("context", "conversation", "developer", "effort", "example", "function", "history", "human"),
+    *(
+        "context",
+        "conversation",
+        "developer",
+        "document",
+        "effort",
+        "example",
+        "function",
+        "history",
+        "human",
+    ),
     *("identity", "image", "input", "instruction", "kwarg", "label", "loss", "mask", "message"),
     *("output", "persona", "prefix", "prompt", "query", "question", "reasoning", "recipient"),
     *("rejected", "response", "role", "suffix", "system", "target", "template", "text", "think"),
@@ -113,7 +123,7 @@ def is_harmless(name):
 # Tools and the other settings of a record
 
 
-def read_tools(value, name):
+def read_tools(value, name, notes):
     """OpenAI's and Hugging Face's schemas, or bare functions -> harmony's descriptions."""
     tools = []
     value = parsed(value, name)
@@ -129,6 +139,12 @@ def read_tools(value, name):
         known = {"type", "name", "description", "parameters", "strict", "return", "returns"}
         if unknown := sorted(map(str, (tool.keys() - {"function"} | function.keys()) - known)):
             raise ValueError(f'"{name}": {function["name"]} has {unknown[0]!r}, which is not known')
+        for key in {
+            "strict",
+            "return",
+            "returns",
+        } & function.keys():  # harmony renders none of them
+            notes["ignored", f"{name}[].{key}"] += 1
         parameters = parsed(function.get("parameters", {}), f"{name}.parameters") or None
         description = function.get("description", "")
         if not isinstance(parameters, dict | None) or not isinstance(description, str):
@@ -141,14 +157,15 @@ def read_tools(value, name):
     return tools
 
 
-def read_settings(settings):
+def read_settings(settings, notes):
     """The SETTINGS of a record -> (fields of harmony's system message, tools)."""
     system, tools = {}, []
     for key, value in settings.items():
         if key in ("tools", "functions"):
-            if tools and (more := read_tools(value, key)) and more != tools:
+            more = read_tools(value, key, notes)
+            if tools and more and more != tools:
                 raise ValueError(f'tools are defined twice, the second time as "{key}"')
-            tools = tools or read_tools(value, key)
+            tools = tools or more
         elif key == "builtin_tools":
             names = parsed(value, key)
             if not isinstance(names, list) or any(name not in BUILTIN for name in names):
@@ -217,7 +234,7 @@ class Reader:
                 ):
                     parts.append(without_nulls(part))
                 else:
-                    raise ValueError(f"cannot render a {role} message's part {brief(part)}")
+                    raise ValueError(f"{role} message: cannot render the part {brief(part)}")
             return parts
         if not isinstance(value, str):
             raise ValueError(f"{role} message: content must be a text or parts, not {brief(value)}")
@@ -277,7 +294,7 @@ class Reader:
     def read_system(self, message, header, counted, role="system"):
         for key in ("tools", "functions"):
             if key in message:
-                tools = read_tools(message[key], key)
+                tools = read_tools(message[key], key, self.notes)
                 if self.tools and tools and tools != self.tools:
                     raise ValueError(
                         f"tools are defined twice, the second time in a {role} message"
@@ -345,6 +362,8 @@ class Reader:
                 f"not {brief(arguments)}"
             )
         recipient = self.recipient(function["name"], called=True)
+        if not isinstance(call.get("id", ""), str | int):
+            raise ValueError(f"a call of {function['name']} has the id {brief(call['id'])}")
         self.calls.append((call.get("id"), recipient, "commentary"))
         self.answered[call.get("id")] = self.calls[-1]
         kind = call.get("content_type", function.get("content_type", "json"))
@@ -367,7 +386,9 @@ class Reader:
 
     def read_tool(self, message, header, counted):
         name, call = header["name"], None
-        if isinstance(name, str):
+        if name is not None:
+            if not isinstance(name, str):
+                raise ValueError(f'tool message: "name" must be a text, not {brief(name)}')
             name = self.recipient(name)
         if (key := message.get("tool_call_id")) not in (None, ""):
             call = self.answered.get(key) if isinstance(key, str | int) else None
@@ -474,10 +495,13 @@ def read_chat(record, ignore=()):
             )
         notes["ignored", key] += 1
 
-    system, tools = read_settings(settings)
+    system, tools = read_settings(settings, notes)
     reader = Reader(messages, tools, system.get("tools", ()), notes)
-    for message in messages:
-        reader.read(message)
+    for number, message in enumerate(messages, start=1):
+        try:
+            reader.read(message)
+        except ValueError as error:
+            raise ValueError(f"message {number}: {error}") from error
     if not any(message["role"] == "assistant" for message in reader.messages):
         raise ValueError("no message of the assistant: there is nothing to learn")
     return Chat(reader.messages, system, reader.tools, notes)

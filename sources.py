@@ -60,12 +60,13 @@ def find_files(source):
             return find_on_hub(source)
         raise
     if stat.S_ISDIR(mode):
-        paths = [
-            os.path.join(folder, name)
-            for folder, _, names in os.walk(source)
-            for name in names
-            if kind_of(name) and name not in DESCRIPTIONS and not name.startswith(".")
-        ]
+        if os.path.exists(os.path.join(source, "tokens.bin")):
+            raise ValueError(f"{source}: is a corpus already: train on it, or look with --show=3")
+        paths = []
+        for folder, folders, names in os.walk(source):
+            folders[:] = [name for name in folders if not name.startswith(".")]  # .git, .cache
+            names = [name for name in names if name not in DESCRIPTIONS and name[0] != "."]
+            paths += [os.path.join(folder, name) for name in names if kind_of(name)]
         if not paths:
             raise ValueError(f"{source}: holds no {', '.join(KINDS)} file")
     elif not kind_of(source):
