@@ -128,8 +128,8 @@ class TokenFile:
                 raise OSError(error.errno, error.strerror, str(self.path)) from error
             if not more:
                 raise OSError(
-                    f"{self.path}: ends at byte {place}, where meta.json promises "
-                    f"{self.length * self.dtype.itemsize}: it was cut while in use"
+                    f"{self.path}: {os.fstat(self.file.fileno()).st_size} bytes where meta.json "
+                    f"promises {self.length * self.dtype.itemsize}: it was cut while in use"
                 )
             content += more
         return np.frombuffer(content, self.dtype)

@@ -23,7 +23,6 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from corpus import Writer, copy_documents, open_corpus, open_folder
@@ -321,6 +320,8 @@ class TokenData:
         padding, which comes last. documents[b, i] numbers the pieces of a sequence from 0. Padding
         has the number of the last piece, which cannot see it: a sequence of one piece is all zeros,
         and needs no mask but the causal one."""
+        import torch  # here, because it takes seconds, and writing a corpus needs none of it
+
         shape = (len(indices), self.seq_len)
         tokens, documents = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         targets = np.full(shape, IGNORED, np.int64)

@@ -1,34 +1,27 @@
-"""
-The corpus on disk and the rows it becomes: what is written is what is read, every pair of tokens exactly once.
-"""
+"""The corpus on disk and the sequences it becomes: what is written is what is read, every pair of
+tokens exactly once."""
 
 import json
 import os
-import subprocess
-import sys
+import shutil
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
+from corpora import (
+    VOCABULARY_FILE,
+    command_line,
+    need_vocabulary,
+    write_folder,
+    write_jsonl,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import chat
 import corpus
 from data import TokenData, pack, write_corpus
-from tokenizer import get_tokenizer
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-VOCABULARY_FILE = (
-    "fb374d419588a4632f3f557e76b4b70aebbca790"  # tiktoken's name for o200k_base in its cache
-)
-
-
-def need_vocabulary():
-    if not os.path.isfile(os.path.join(os.environ.get("TIKTOKEN_CACHE_DIR", ""), VOCABULARY_FILE)):
-        pytest.skip(
-            f"the o200k vocabulary is not here: set TIKTOKEN_CACHE_DIR to a folder with {VOCABULARY_FILE}"
-        )
+from tokenizer import HarmonyTokenizer, get_tokenizer
 
 
 @pytest.fixture
@@ -37,52 +30,12 @@ def vocabulary():
     return get_tokenizer("o200k_harmony")
 
 
-@pytest.fixture
-def harmony(vocabulary):
-    return pytest.importorskip(
-        "openai_harmony", reason="chat is rendered by openai-harmony, which is not installed"
-    )
-
-
-def write_jsonl(path, records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return str(path)
-
-
-def write_folder(path, lengths, counted=None, seed=0):
-    """A byte corpus of documents of the given numbers of tokens; each token differs from its neighbours."""
-    path.mkdir(exist_ok=True)
-    tokens = (np.arange(sum(lengths)) + seed) % 257
-    tokens.astype("<u4").tofile(path / "tokens.bin")
-    np.cumsum([0, *lengths]).astype("<u8").tofile(path / "documents.bin")
-    counted = np.ones(len(tokens), "u1") if counted is None else np.array(counted, "u1")
-    counted.tofile(path / "counted.bin")
-    meta = {
-        "tokenizer": "bytes",
-        "vocab_size": 257,
-        "documents": len(lengths),
-        "tokens": len(tokens),
-    }
-    meta["counted"] = int(counted.sum())
-    (path / "meta.json").write_text(json.dumps(meta))
-    return str(path)
-
-
 def set_meta(path, **changes):
     meta = json.loads((path / "meta.json").read_text())
     (path / "meta.json").write_text(json.dumps(meta | changes))
 
 
-def command_line(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, "data.py", *map(str, arguments)],
-        cwd=ROOT,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-    )
-
-
+# --------------------------------------------------------------------------------------------------
 # Tokenizers
 
 
@@ -96,6 +49,14 @@ def test_bytes_round_trip():
     assert (tokenizer.vocab_size, tokenizer.end) == (257, 256)
 
 
+def test_a_token_without_text_is_no_error(vocabulary):
+    """A model's vocabulary may be larger than its tokenizer's."""
+    for tokenizer in (vocabulary, get_tokenizer("bytes")):
+        last = tokenizer.vocab_size - 1
+        assert tokenizer.decode([last]).startswith("<|")
+        assert tokenizer.decode([last + 1, 10**12, -1]) == "\ufffd" * 3
+
+
 def test_o200k_round_trip_and_no_forged_specials(vocabulary):
     text = "Hello, 日本! <|endoftext|><|start|>assistant"
     ids = vocabulary.encode(text)
@@ -105,6 +66,7 @@ def test_o200k_round_trip_and_no_forged_specials(vocabulary):
     assert vocabulary.vocab_size == vocabulary.vocabulary.n_vocab
 
 
+# --------------------------------------------------------------------------------------------------
 # Writing
 
 
@@ -135,8 +97,8 @@ def test_files_hold_the_documents_in_order(tmp_path, name):
 @pytest.mark.parametrize("cores", [1, 3])
 def test_workers_do_not_change_the_order(tmp_path, monkeypatch, cores):
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
-    texts = ["slow " * 2_000_000] + [
-        f"{i} " * 400_000 for i in range(5)
+    texts = ["slow " * 300_000] + [
+        f"{i} " * 200_000 for i in range(5)
     ]  # each a batch; the first takes longest
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
     write_corpus([path], str(tmp_path / "out"), "bytes")
@@ -248,10 +210,23 @@ def test_vocabulary_out_of_reach_says_what_to_do(tmp_path):
         and "TIKTOKEN_CACHE_DIR" in failed.stderr
         and "--tokenizer=bytes" in failed.stderr
     )
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and failed.stderr.strip().count("\n") == 0
 
 
-# Rows
+def test_a_damaged_vocabulary_is_one_line(tmp_path, monkeypatch):
+    """tiktoken removes what has the wrong checksum and downloads it again, which fails here."""
+    (tmp_path / VOCABULARY_FILE).write_bytes(b"x")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    for name in ("https_proxy", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    with pytest.raises(OSError, match="cannot load the o200k_harmony vocabulary") as error:
+        HarmonyTokenizer()
+    assert "\n" not in str(error.value)
+
+
+# --------------------------------------------------------------------------------------------------
+# Sequences
 
 
 @settings(max_examples=150, deadline=None)
@@ -284,16 +259,16 @@ def test_every_pair_once(tmp_path_factory, lengths, seq_len, seed, long_document
         with pytest.raises(ValueError, match="no target is left"):
             TokenData(folder, seq_len, seed=seed, long_documents=long_documents)
         return
-    rows = TokenData(folder, seq_len, seed=seed, long_documents=long_documents)
-    tokens, targets, documents = rows.batch(range(rows.sequences_per_epoch))
+    read = TokenData(folder, seq_len, seed=seed, long_documents=long_documents)
+    tokens, targets, documents = read.batch(range(read.sequences_per_epoch))
     found, padding = [], 0
-    for row in range(rows.sequences_per_epoch):
-        steps = documents[row].diff()
-        assert documents[row, 0] == 0 and ((steps == 0) | (steps == 1)).all()
-        begins = rows.pieces(row)[1]
-        for piece in range(int(documents[row, -1]) + 1):
-            here = documents[row] == piece
-            pair = (tokens[row][here].tolist(), targets[row][here].tolist())
+    for b in range(read.sequences_per_epoch):
+        steps = documents[b].diff()
+        assert documents[b, 0] == 0 and ((steps == 0) | (steps == 1)).all()
+        begins = read.pieces(b)[1]
+        for piece in range(int(documents[b, -1]) + 1):
+            here = documents[b] == piece
+            pair = (tokens[b][here].tolist(), targets[b][here].tolist())
             assert not any(pair[0][begins[piece] :]) and set(pair[1][begins[piece] :]) <= {
                 -100
             }  # padding
@@ -303,16 +278,16 @@ def test_every_pair_once(tmp_path_factory, lengths, seq_len, seed, long_document
             )  # only after the last one
             found.append(tuple(part[: begins[piece]] for part in pair))
     assert sorted(found) == sorted(pieces)
-    assert rows.counted == count == int((targets != -100).sum())
-    assert rows.padding == pytest.approx(padding / tokens.numel(), abs=1e-12)
+    assert read.counted == count == int((targets != -100).sum())
+    assert read.padding == pytest.approx(padding / tokens.numel(), abs=1e-12)
     long = sum(length - 1 > seq_len for length in lengths)
-    assert rows.dropped == (long if long_documents == "drop" else 0)
-    assert (rows.documents, rows.tokens) == (len(lengths), total)
+    assert read.dropped == (long if long_documents == "drop" else 0)
+    assert (read.documents, read.tokens) == (len(lengths), total)
 
 
 def test_a_long_document_is_cut_and_keeps_every_target(tmp_path):
-    rows = TokenData(write_folder(tmp_path / "c", [11, 3], seed=50), 4)
-    tokens, targets, documents = rows.batch(range(3))
+    read = TokenData(write_folder(tmp_path / "c", [11, 3], seed=50), 4)
+    tokens, targets, documents = read.batch(range(3))
     order = tokens[:, 0].argsort()
     assert tokens[order].tolist() == [[50, 51, 52, 53], [54, 55, 56, 57], [58, 59, 61, 62]]
     assert targets[order].tolist() == [[51, 52, 53, 54], [55, 56, 57, 58], [59, 60, 62, 63]]
@@ -328,7 +303,7 @@ def test_a_long_document_is_cut_and_keeps_every_target(tmp_path):
     )
 
 
-def test_rows_depend_on_their_number_alone():
+def test_a_sequence_depends_on_its_number_alone():
     one, other = TokenData("pydoc", 64, seed=3), TokenData("pydoc", 64, seed=3)
     n = one.sequences_per_epoch
     numbers = [5, 0, 2 * n + 1, n - 1, n, 5, 10**7]
@@ -340,7 +315,9 @@ def test_rows_depend_on_their_number_alone():
             assert torch.equal(whole[place], single[0])
     epochs = [one.batch(range(e * n, (e + 1) * n))[0] for e in (0, 1)]
     assert not torch.equal(*epochs)
-    assert sorted(epochs[0].tolist()) == sorted(epochs[1].tolist())  # an epoch takes every row once
+    assert sorted(epochs[0].tolist()) == sorted(
+        epochs[1].tolist()
+    )  # an epoch takes every sequence once
     other_seed = TokenData("pydoc", 64, seed=4)  # packs otherwise, not only in another order
     assert sorted(other_seed.batch(range(other_seed.sequences_per_epoch))[0].tolist()) != sorted(
         epochs[0].tolist()
@@ -355,10 +332,10 @@ def test_rows_depend_on_their_number_alone():
 )
 def test_pack_is_best_fit_decreasing(seq_len, sizes, seed):
     lengths = np.array([min(size, seq_len) for size in sizes], np.int64)
-    row_of, num_rows = pack(lengths, seq_len, np.random.default_rng(seed))
-    filled = np.bincount(row_of, lengths, num_rows)
+    sequence_of, num_sequences = pack(lengths, seq_len, np.random.default_rng(seed))
+    filled = np.bincount(sequence_of, lengths, num_sequences)
     assert (filled <= seq_len).all() and (filled > 0).all()
-    if num_rows > 1:  # the two emptiest rows do not fit into one
+    if num_sequences > 1:  # the two emptiest sequences do not fit into one
         assert np.sort(filled)[:2].sum() > seq_len
     # the textbook's loop, one piece at a time
     rooms = []
@@ -368,14 +345,14 @@ def test_pack_is_best_fit_decreasing(seq_len, sizes, seed):
         if fitting:
             rooms.remove(room)
         rooms.append(room - size)
-    assert num_rows <= len(rooms) + 1
+    assert num_sequences <= len(rooms) + 1
 
 
 def test_packing_wastes_little():
     generator = np.random.default_rng(0)
     lengths = np.clip(np.exp(generator.normal(6, 1.2, 50_000)), 1, 4096).astype(np.int64)
-    _, num_rows = pack(lengths, 4096, generator)
-    assert 1 - lengths.sum() / (num_rows * 4096) < 0.002
+    _, num_sequences = pack(lengths, 4096, generator)
+    assert 1 - lengths.sum() / (num_sequences * 4096) < 0.002
 
 
 def test_built_in_corpora():
@@ -390,6 +367,7 @@ def test_built_in_corpora():
     assert len(lines(True) & lines(False)) < 0.02 * len(lines(True))  # held out means not seen
 
 
+# --------------------------------------------------------------------------------------------------
 # Bad corpora
 
 
@@ -502,3 +480,139 @@ def test_all_documents_dropped(tmp_path):
 
 def test_the_largest_fitting_vocabulary_is_accepted(tmp_path):
     assert TokenData(write_folder(tmp_path / "c", [300]), 4, vocab_size=257).vocab_size == 257
+
+
+ODD = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats()
+    | st.sampled_from(["bytes", "o200k_harmony", "11", ""]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    changes=st.dictionaries(st.sampled_from(["tokenizer", "tokens", "documents", "checksum"]), ODD),
+    instead=st.none() | ODD,
+)
+def test_meta_of_any_type_is_one_line(tmp_path_factory, changes, instead):
+    """json.dumps writes NaN and Infinity; 1e999 is infinite when it is read."""
+    path = tmp_path_factory.mktemp("corpus")
+    folder = write_folder(path, [5, 6])
+    set_meta(path, **changes)
+    if instead is not None:
+        text = json.dumps(instead).replace("Infinity", "1e999")
+        (path / "meta.json").write_text(text)
+    try:
+        read = TokenData(folder, 4)
+    except ValueError as error:
+        assert str(path) in str(error) and "\n" not in str(error)
+    else:
+        assert (read.tokens, read.documents) == (11, 2)
+
+
+# --------------------------------------------------------------------------------------------------
+# A corpus in use
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "counted.bin"])
+@pytest.mark.parametrize("left", [0, 7])
+def test_a_file_cut_in_use_is_one_line(tmp_path, name, left):
+    """Not SIGBUS: what is no longer there is missed when it is read."""
+    read = TokenData(write_folder(tmp_path / "c", [300] * 3), 50)
+    whole = read.batch(range(read.sequences_per_epoch))
+    os.truncate(tmp_path / "c" / name, left)
+    with pytest.raises(OSError, match=f"{name}: {left} bytes .* cut while in use") as error:
+        read.batch(range(read.sequences_per_epoch))
+    assert "\n" not in str(error.value)
+    # A corpus that is replaced, as data.py does, goes on being read as it was.
+    os.rename(tmp_path / "c", tmp_path / "d")
+    read = TokenData(write_folder(tmp_path / "c", [300] * 3), 50)
+    os.rename(tmp_path / "c", tmp_path / "e")
+    again = read.batch(range(read.sequences_per_epoch))
+    assert all(torch.equal(a, b) for a, b in zip(whole, again))
+
+
+def test_a_read_error_names_the_file(tmp_path, monkeypatch):
+    read = TokenData(write_folder(tmp_path / "c", [300]), 50)
+
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(OSError, match="Input/output error: '.*tokens.bin'"):
+        read.batch([0])
+
+
+def test_short_reads_are_continued(tmp_path, monkeypatch):
+    read = TokenData(write_folder(tmp_path / "c", [300]), 50)
+    whole, pread = read.batch([0, 1]), os.pread
+    monkeypatch.setattr(os, "pread", lambda file, size, place: pread(file, min(size, 7), place))
+    assert all(torch.equal(a, b) for a, b in zip(whole, read.batch([0, 1])))
+
+
+def identity(path):
+    return TokenData(str(path), 4).identity
+
+
+def test_identity_tells_corpora_of_equal_size_apart(tmp_path):
+    folders = {}
+    for name, texts in {"a": ["abcd", "ef"], "b": ["abcd", "eg"], "c": ["abc", "def"]}.items():
+        path = write_jsonl(tmp_path / f"{name}.jsonl", [{"text": text} for text in texts])
+        write_corpus([path], str(tmp_path / name), "bytes")
+        folders[name] = tmp_path / name
+    answer = {"role": "assistant", "content": "ab"}
+    for name, weight in {"d": 1, "e": 0}.items():  # what is counted is part of it
+        record = {"messages": [{**answer, "weight": weight}, answer]}
+        path = write_jsonl(tmp_path / f"{name}.jsonl", [record])
+        write_corpus([path], str(tmp_path / name), "bytes")
+        folders[name] = tmp_path / name
+    assert len({identity(folder) for folder in folders.values()}) == len(folders)
+    shutil.copytree(folders["a"], tmp_path / "copy")
+    assert identity(tmp_path / "copy") == identity(folders["a"])
+    assert TokenData(str(folders["a"]), 3, seed=5).identity == identity(folders["a"])
+    assert identity("pydoc") != identity("pydoc-val")
+
+
+def test_a_corpus_without_a_checksum_has_an_identity_too(tmp_path):
+    """Of folders written before there was one: from samples of the tokens."""
+    lengths = [30_000] * 20
+    one = identity(write_folder(tmp_path / "a", lengths))
+    assert one == identity(write_folder(tmp_path / "b", lengths)) and one.startswith("sampled-")
+    assert one != identity(write_folder(tmp_path / "c", lengths, seed=1))
+    assert one != identity(write_folder(tmp_path / "d", [30_001, 29_999, *lengths[2:]]))
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 1000])
+def test_counted_targets_are_found_across_chunks(tmp_path, monkeypatch, chunk):
+    lengths = [1, 5, 2, 9, 1, 1, 4]
+    counted = np.random.default_rng(0).integers(0, 2, sum(lengths))
+    folder = write_folder(tmp_path / "c", lengths, counted)
+    monkeypatch.setattr(corpus, "SCANNED", chunk)
+    *_, targets = corpus.open_corpus(folder)
+    parts = np.split(counted, np.cumsum(lengths)[:-1])
+    assert targets.tolist() == [part[1:].sum() for part in parts]
+
+
+def test_what_is_no_corpus_says_how_to_make_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "input.txt").write_text("a")
+    (tmp_path / "texts").mkdir()
+    for path, message in [
+        ("input.txt", "input.txt is a file, .* `python data.py input.txt --out data/input`"),
+        ("texts", "texts is no corpus: .* `python data.py texts --out data/texts-tokens`"),
+        ("data/none", "data/none/meta.json: no such file. .* --out data/none`"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            TokenData(path, 4)
+
+
+def test_what_is_not_allowed_is_not_taken_for_absent(tmp_path):
+    folder = write_folder(tmp_path / "c", [5])
+    os.remove(tmp_path / "c" / "meta.json")
+    os.symlink("meta.json", tmp_path / "c" / "meta.json")  # a link to itself: an error of its own
+    with pytest.raises(OSError, match="symbolic links"):
+        TokenData(folder, 4)
