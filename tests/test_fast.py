@@ -635,9 +635,11 @@ def test_router():
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.dtype) or x, lambda x: x):
         logits = fast.RouterLogits.apply(*leaves)
     assert logits.dtype == torch.float32 and kept == [torch.bfloat16] * 2
+    with fast.plain():
+        defined = model_module.router_logits(*leaves)
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
     expected = F.linear(*exact)
-    assert relative(logits, expected) <= 1e-6
+    assert relative(logits, expected) <= 1e-6 and relative(defined, expected) <= 1e-6
     for found, wanted in zip(
         torch.autograd.grad(logits, leaves, grad),
         torch.autograd.grad(expected, exact, grad.double()),
