@@ -29,6 +29,21 @@ EXPERT_TOKENS = 32 * 1024  # tokens per tile of the experts: 7 GiB of working me
 # with 8192, 32K is 10 % slower
 FEW_TOKENS = 2  # up to which generation reads each token's experts by itself
 
+
+def tile_sizes(gib):
+    """(EXPERT_TOKENS, LOSS_TOKENS) for a GPU with `gib` GiB. Small cards trade some speed for
+    memory: the tiles of the 20b then work in 0.9 and 0.4 GiB."""
+    return (4096, 2048) if gib < 40 else (32 * 1024, 2048)
+
+
+def fit_tiles(gib):
+    """Set the sizes of tiles for a GPU with `gib` GiB."""
+    global EXPERT_TOKENS, LOSS_TOKENS
+    EXPERT_TOKENS, LOSS_TOKENS = sizes = tile_sizes(gib)
+    if sizes != tile_sizes(math.inf):
+        say(f"{gib:.1f} GiB: tiles of {EXPERT_TOKENS} tokens in the experts")
+
+
 # --------------------------------------------------------------------------------------------------
 # The switch between definitions and fast twins
 

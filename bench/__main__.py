@@ -5,6 +5,7 @@
     torchrun --nproc_per_node 2 -m bench     # full training steps, 16 x 4K … 1M tokens
     python -m bench --fast=false --rows=4K   # the definitions of model.py, fast twins off
     python -m bench --ablation               # what each optimisation is worth
+    python -m bench --adapters               # training adapters on packed MXFP4 experts, one GPU
     python -m bench --profile --rows=32K     # where a step's time goes; a trace for ui.perfetto.dev
     python -m bench --accuracy               # bf16 error, ours and transformers', against fp32
     python -m bench --deterministic=true     # are two runs equal to the bit, and what it costs
@@ -33,6 +34,7 @@ import fast
 from bench import (
     ablation,
     accuracy,
+    adapters,
     curves,
     determinism,
     generate,
@@ -49,6 +51,7 @@ from model import GPTOSSConfig
 COMMANDS = {
     "bench": ([kernels.section, speed.section], "4K,8K,16K,32K,64K,128K", "64,128", 24, 2),
     "train": ([], "16x4K,32K,64K,128K,256K,512K,1M", "4x32,64", 24, 2),  # see measure()
+    "adapters": ([adapters.section], "", "", 24, 2),
     "ablation": ([ablation.section], "8K,32K", "64", 6, 2),
     "profile": ([profiling.section], "8K", "128", 24, 2),
     "accuracy": ([accuracy.section], "4K", "64", 2, 2),
@@ -93,6 +96,7 @@ OPTIONS = {  # of a measurement
     ),
 }
 KINDS = {  # of measurements, one at a time
+    "adapters": ({"action": "store_true"}, "training steps of adapters on packed experts"),
     "ablation": ({"action": "store_true"}, "a step with one optimisation off, for each"),
     "profile": (
         {"action": "store_true"},
@@ -143,7 +147,9 @@ def check_ranks(options, parser):
 def measure(options, parser):
     deterministic, torchrun = options.deterministic == "true", "RANK" in os.environ
     chosen = [
-        kind for kind in ("ablation", "profile", "accuracy", "generate") if getattr(options, kind)
+        kind
+        for kind in ("adapters", "ablation", "profile", "accuracy", "generate")
+        if getattr(options, kind)
     ]
     name = chosen[0] if chosen else "deterministic" if deterministic else "bench"
     against = options.against and name != "generate"
@@ -151,7 +157,8 @@ def measure(options, parser):
         parser.error(f"--{name} runs on one GPU, without torchrun and without --against")
     name = "train" if torchrun else name
     sections, on_gpu, on_cpu, *layers = COMMANDS[name]
-    options.rows = options.rows or parse_rows(on_gpu if GPU else on_cpu)
+    usual = on_gpu if GPU else on_cpu
+    options.rows = options.rows or (parse_rows(usual) if usual else [])
     if torchrun:
         from bench import training
 

@@ -17,7 +17,7 @@ import frozen
 import lora
 from frozen import FrozenExperts, pack
 from lora import adapt
-from model import GPTOSS
+from model import GPTOSS, GPTOSSConfig
 from mxfp4 import dequantize_mxfp4
 from weights import find_model, save_weights
 
@@ -121,6 +121,8 @@ def outcome(function, inputs, dtype, recomputed=False):
         x.to(dtype, copy=True) if torch.is_tensor(x) and x.is_floating_point() else x
         for x in inputs
     ]
+    if dtype == torch.bfloat16:
+        leaves[TRAINED["gates"]] = inputs[TRAINED["gates"]].clone()  # fp32 in any model
     trained = {name: leaves[place] for name, place in TRAINED.items() if leaves[place] is not None}
     for leaf in trained.values():
         leaf.requires_grad_()
@@ -461,3 +463,74 @@ def test_new_adapters_do_not_depend_on_what_else_is_there():
     assert not any(torch.equal(first.get_parameter(n), other.get_parameter(n)) for n in names)
     a = first.get_parameter(names[0])
     assert abs(a.std() * a.shape[1] ** 0.5 - 1) < 0.2
+
+
+# --------------------------------------------------------------------------------------------------
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("tile", [1 << 15, 9], ids=["whole", "tiled"])
+@pytest.mark.parametrize("case", CASES)
+def test_frozen_experts_on_a_gpu(case, tile, dtype, monkeypatch):
+    """Compiled. In fp32 exact to 1e-5; in bf16 the error is at most twice the definition's, because
+    the product with A, or B^T, is rounded too. Nothing is clamped: a value at the limit may be
+    rounded to either side."""
+    monkeypatch.setattr(fast, "EXPERT_TOKENS", tile)
+    inputs = [x.cuda() if torch.is_tensor(x) else x for x in CASES[case][:-1]] + [100.0]
+    inputs = [x.to(dtype).float() if torch.is_tensor(x) and x.is_floating_point() else x
+              for x in inputs]  # fmt: skip
+    definition, twin = fast.PAIRS["frozen_experts"]
+    with fast.plain():
+        truth = outcome(definition, inputs, torch.float64)
+        plain = outcome(definition, inputs, dtype)
+    actual = outcome(twin, inputs, dtype)
+    for what in truth:
+        ours, theirs = relative(actual[what], truth[what]), relative(plain[what], truth[what])
+        assert ours <= max(2 * theirs, 1e-5), f"{what}: {ours:.1e}, the definition {theirs:.1e}"
+
+
+@pytest.mark.gpu
+def test_unpacking_on_a_gpu_is_bitwise_that_on_a_cpu():
+    blocks, scales = random_packed(4, 5760, 2880, 0)
+    scales.flatten()[:256] = torch.arange(256)
+    expected = dequantize_mxfp4(blocks, scales).mT
+    whole = frozen.bordered(blocks.cuda(), scales.cuda(), None, None, torch.empty(0, device="cuda",
+                            dtype=torch.bfloat16))  # fmt: skip
+    same = (whole.cpu() == expected) | (whole.cpu().isnan() & expected.isnan())
+    assert whole.shape == expected.shape and same.all()
+
+
+@pytest.mark.gpu
+def test_packed_and_unpacked_at_the_20bs_sizes():
+    """Logits and gradients of attention's adapters bitwise, where the unpacked experts lie in
+    memory as packed ones are unpacked; new adapters on everything change no bit."""
+    config = GPTOSSConfig(num_hidden_layers=2, vocab_size=8192)
+    with torch.device("meta"):
+        model, plain = pack(GPTOSS(config).bfloat16()), GPTOSS(config).bfloat16()
+    model, plain = model.to_empty(device="cuda"), plain.to_empty(device="cuda")
+    noise_(plain)
+    model.load_state_dict(plain.state_dict(), strict=False)
+    for number, (block, twin) in enumerate(zip(model.blocks, plain.blocks)):
+        for name, (E, n, m) in ("gate_up", (32, 2880, 5760)), ("down", (32, 2880, 2880)):
+            packed = random_packed(E, m, n, number)
+            for part, values in zip(("blocks", "scales"), packed):
+                getattr(block.mlp, f"{name}_weight_{part}").data.copy_(values)
+            whole = dequantize_mxfp4(*(x.cuda() for x in packed)).mT
+            getattr(twin.mlp, f"{name}_weight").data = whole
+    tokens = [x.cuda() for x in batch(config, 1, 4096)]
+    with torch.no_grad():
+        before = model(tokens[0])
+        assert torch.equal(before, plain(tokens[0]))
+    for m in model, plain:
+        adapt(m, 16, 32.0, "attention")
+    with torch.no_grad():
+        assert torch.equal(model(tokens[0]), before)
+    for m in model, plain:
+        noisy_adapters(m)
+    actual, expected = step(model, tokens), step(plain, tokens)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    adapt(model, 16, 32.0, "all")  # all start anew, with B zero
+    with torch.no_grad():
+        assert torch.equal(model(tokens[0]), before)
