@@ -38,11 +38,13 @@ from torch.distributed.fsdp import (
 import fast
 import sample
 import sp
-from loop.budget import adds_in_bf16, dry_run
+from loop.budget import adds_in_bf16
 from loop.guards import Stop, describe_bad_step, fail, hold, keep_pulse, meeting_point
 from loop.log import Log
 from loop.memory import HostMemory, ReduceScatter, SplitAdamW
 from loop.options import check_files, check_new, check_ranks, model_config, parse
+from loop.plan import dry_run
+from loop.rehearse import rehearse
 from loop.states import Progress, States, fill_state, identity, trained
 from model import GPTOSS, IGNORED
 from weights import COMPANIONS, HF_CONFIG, copy_companions, load_weights, save_weights
@@ -87,7 +89,10 @@ def build_model(options, config, device, mesh, dtype):
         model = GPTOSS(config, options.recompute, options.keep_blocks)
     stored = torch.float32 if options.optimizer == "fp32" else torch.bfloat16
     in_bf16 = dtype == torch.bfloat16 and adds_in_bf16(mesh.size(), options.optimizer)
-    reduced = torch.bfloat16 if in_bf16 else torch.float32
+    summed = torch.bfloat16 if in_bf16 else torch.float32
+    # Gradients that are computed in bf16 and kept in it reach ReduceScatter as they are, which sums
+    # them as said. Not with replicas: FSDP itself adds up what they have.
+    reduced = stored if dtype == stored and options.replicas == 1 else summed
     # inputs keep their dtype, because rotary tables are in fp32
     policy = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=reduced, cast_forward_inputs=False
@@ -101,7 +106,7 @@ def build_model(options, config, device, mesh, dtype):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
         if reduced == stored:  # the sums are the gradients: activations may use their memory too
-            module.set_custom_reduce_scatter(ReduceScatter(module, device))
+            module.set_custom_reduce_scatter(ReduceScatter(module, device, summed))
     for method in ("logprobs", "routes"):  # FSDP gathers weights for forward() alone
         register_fsdp_forward_method(model, method)
     model.to_empty(device=device)
@@ -256,7 +261,8 @@ def train(options):
         # log, save, evaluate
         last = at.step == options.steps or asked > 0
         log.step(batches, step=at.step - 1, loss=loss, grad_norm=norm, lr=lr, show=last)
-        if asked or (options.save_every and (at.step % options.save_every == 0 or last)):
+        saves = asked or (options.save_every and (at.step % options.save_every == 0 or last))
+        if saves and not options.rehearse:
             stall = states.save(at)
             log.say(f"saving the state after step {at.step - 1}, stalled {stall:.2f} s")
         if asked and at.step < options.steps:
@@ -265,6 +271,8 @@ def train(options):
             log.evaluation(at.step - 1, evaluate(options, model, held_out, device))
 
     states.wait()
+    if options.rehearse:
+        return
     if at.step < options.steps:
         log.say(f"asked to stop: --resume=true goes on after step {at.step - 1}")
     else:
@@ -297,7 +305,12 @@ def main():
     try:
         options = parse(sys.argv[1:], usage=__doc__.split("\n\n")[1])
         with nullcontext() if options.fast else fast.plain():
-            dry_run(options) if options.dry_run else train(options)
+            if options.dry_run:
+                dry_run(options)
+            elif options.rehearse:
+                rehearse(options, train)
+            else:
+                train(options)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except Exception as error:

@@ -3,6 +3,7 @@
     python -m bench                          # forward + backward, 4K … 128K tokens; ceilings
     python -m bench --against=transformers   # and transformers on the same rows
     torchrun --nproc_per_node 2 -m bench     # full training steps, 16 x 4K … 1M tokens
+    python -m bench --rehearse=8             # one rank of eight, 4K … 1M tokens, on one GPU
     python -m bench --fast=false --rows=4K   # the definitions of model.py, fast twins off
     python -m bench --ablation               # what each optimisation is worth
     python -m bench --adapters               # training adapters on packed MXFP4 experts, one GPU
@@ -47,11 +48,14 @@ from bench.common import GPU, TINY, K
 from bench.report import Results, length, machine, parse_rows, say
 from model import GPTOSSConfig
 
+REHEARSED = "64x4K,8x16K,8x32K,4x64K,2x128K,256K,512K,1M"  # for eight ranks
+
 # name: (sections in this order, default rows on a GPU, on a CPU, default layers on a GPU, on a CPU)
 COMMANDS = {
     "bench": ([kernels.section, speed.section], "4K,8K,16K,32K,64K,128K", "64,128", 24, 2),
     "train": ([], "16x4K,32K,64K,128K,256K,512K,1M", "4x32,64", 24, 2),  # see measure()
     "adapters": ([adapters.section], "", "", 24, 2),
+    "rehearse": ([], REHEARSED, "8x64,4x64", 24, 2),
     "ablation": ([ablation.section], "8K,32K", "64", 6, 2),
     "profile": ([profiling.section], "8K", "128", 24, 2),
     "accuracy": ([accuracy.section], "4K", "64", 2, 2),
@@ -77,7 +81,10 @@ OPTIONS = {  # of a measurement
         {"type": int, "metavar": "N"},
         "torchrun: final blocks that recompute nothing; default as many as should fit",
     ),
-    "against": ({"choices": ["transformers"]}, "measure it on the same rows, after ours"),
+    "against": (
+        {"choices": ["transformers", "ranks"]},
+        "measure it on the same rows, after ours; ranks: real ones, after --rehearse",
+    ),
     "fast": (
         {"choices": ["true", "false"], "default": "true"},
         "false: the definitions of model.py, without their fast twins",
@@ -87,8 +94,8 @@ OPTIONS = {  # of a measurement
         "torchrun: ranks per sequence; default all if there is only one sequence",
     ),
     "optimizer": (
-        {"choices": ["fp32", "split", "bf16"], "default": "split"},
-        "torchrun: as in train.py",
+        {"choices": ["fp32", "split", "bf16"]},
+        "torchrun: as in train.py, default split; --rehearse: default the fastest",
     ),
     "out": (
         {"type": Path, "default": Path("runs/bench"), "metavar": "DIR"},
@@ -98,6 +105,10 @@ OPTIONS = {  # of a measurement
 KINDS = {  # of measurements, one at a time
     "adapters": ({"action": "store_true"}, "training steps of adapters on packed experts"),
     "ablation": ({"action": "store_true"}, "a step with one optimisation off, for each"),
+    "rehearse": (
+        {"type": int, "metavar": "RANKS"},
+        "full training steps as one of so many ranks, on one GPU",
+    ),
     "profile": (
         {"action": "store_true"},
         "where the time of one step goes, by part of the model and kernel, and a trace",
@@ -132,7 +143,9 @@ def check_ranks(options, parser):
     """Refuse rows that do not divide among the ranks."""
     from bench.training import ranks_per_sequence
 
-    ranks = int(os.environ["WORLD_SIZE"])
+    ranks = options.rehearse or int(os.environ["WORLD_SIZE"])
+    if ranks < 1:
+        refuse(parser, f"--rehearse={ranks}: the number of ranks, 1 or more")
     for sequences, S in options.rows:
         n = ranks_per_sequence(options, ranks, sequences)
         row = f"{sequences}x{length(S)}"
@@ -146,34 +159,33 @@ def check_ranks(options, parser):
 
 def measure(options, parser):
     deterministic, torchrun = options.deterministic == "true", "RANK" in os.environ
-    chosen = [
-        kind
-        for kind in ("adapters", "ablation", "profile", "accuracy", "generate")
-        if getattr(options, kind)
-    ]
+    kinds = "ablation", "adapters", "profile", "accuracy", "generate", "rehearse"
+    chosen = [kind for kind in kinds if getattr(options, kind) not in (None, False)]
     name = chosen[0] if chosen else "deterministic" if deterministic else "bench"
-    against = options.against and name != "generate"
-    if name != "bench" and (torchrun or against):
-        parser.error(f"--{name} runs on one GPU, without torchrun and without --against")
+    if name != "bench" and torchrun:
+        parser.error(f"--{name} runs on one GPU, without torchrun")
+    against = {"bench": "transformers", "generate": "transformers", "rehearse": "ranks"}.get(name)
+    if options.against not in (None, against):
+        can = f"--against={against}" if against else "nothing"
+        parser.error(f"--against={options.against}: --{name} is compared with {can}")
     name = "train" if torchrun else name
     sections, on_gpu, on_cpu, *layers = COMMANDS[name]
     usual = on_gpu if GPU else on_cpu
     options.rows = options.rows or (parse_rows(usual) if usual else [])
-    if torchrun:
-        from bench import training
+    if name in ("train", "rehearse"):
+        from bench import rehearsal, training
 
-        sections = [training.section]
+        sections = [training.section if torchrun else rehearsal.section]
         check_ranks(options, parser)
     if any(S < 2 for _, S in options.rows):
         refuse(parser, "--rows: sequences have at least 2 tokens, because the last has no target")
     if options.keep_blocks is not None and options.keep_blocks < 0:
         refuse(parser, f"--keep_blocks={options.keep_blocks}: 0 or more")
-    if not torchrun:
-        if name != "generate" and any(sequences > 1 for sequences, _ in options.rows):
+    if name not in ("train", "rehearse", "generate"):  # which take several sequences
+        if any(sequences > 1 for sequences, _ in options.rows):
             launch = "torchrun --nproc_per_node 2 -m bench"
             parser.error(f"--rows: several sequences are for training: start it by {launch}")
-        if name != "generate":
-            options.rows = [S for _, S in options.rows]
+        options.rows = [S for _, S in options.rows]
     if options.layers is None:
         options.layers = layers[0 if GPU else 1]
     try:

@@ -141,6 +141,7 @@ COLUMNS = [
 def section(options, config, results):
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     ranks, config = int(os.environ["WORLD_SIZE"]), replace(config, max_position_embeddings=K * K)
+    options.optimizer = options.optimizer or "split"
     settings = Options(**asdict(config), optimizer=options.optimizer, batch_size=ranks)
     device, mesh = start_ranks(settings)
     ceiling = all_sum(measure_matmul(config, "matmul")["forward"], device=device)[0] / ranks

@@ -1,14 +1,12 @@
-"""The arithmetic of a run: FLOPs of the model, bytes on a GPU, and the dry run that prints them.
+"""The arithmetic of a run: FLOPs of the model, bytes on a GPU, bytes between GPUs. plan.py prints
+it.
 
 FLOPs are model FLOPs unless said otherwise: nothing recomputed, active experts only, and only the
 keys that a query may see (Chowdhery et al., https://arxiv.org/abs/2204.02311)."""
 
-import os
-
 import torch
 
 from fast import EXPERT_TOKENS, LOSS_TOKENS
-from loop.options import check_ranks, model_config
 from model import GPTOSS
 
 GIB = 2**30
@@ -118,6 +116,12 @@ def peak_flops(device):
 BYTES = {"fp32": (4, 4, 8), "split": (2, 2, 6), "bf16": (2, 2, 4)}
 
 
+# Where FSDP copies gradients from fp32 to bf16, they live in the memory of its own stream (see
+# memory.ReduceScatter), which the computation cannot use; with a few GiB more, in six measured runs
+# of the 20b on eight ranks about a block's gradients in bf16 and fp32, it is reserved and unused.
+RESERVED = "reserved by FSDP's streams"
+
+
 def adds_in_bf16(ranks, optimizer):
     """True if gradients are summed over the ranks in bf16 rather than fp32: with two ranks the sum
     is rounded to bf16 once either way, and half as much is sent."""
@@ -140,100 +144,72 @@ def estimate(
     micro_batches=1,
 ):
     """Memory of one rank in training, for a computation in bf16: {what for: bytes}, which add up to
-    the peak. Counted by hand from model.py and fast.py.
+    the peak. Counted by hand from model.py, fast.py and FSDP2, for one document per sequence.
 
-    The backward frees what the forward kept, block by block, as it makes the gradients. The last
-    blocks keep most and are freed first, so in a step's first micro-batch only the larger of the
-    two counts; in later ones the gradients are already there. Both count when FSDP sums gradients
-    in fp32 and keeps them in bf16: that copy lives in the communication stream's pool (see
-    memory.ReduceScatter)."""
-    C, F, V, L = (
-        config.hidden_size,
-        config.intermediate_size,
-        config.vocab_size,
-        config.num_hidden_layers,
-    )
+    The peak is in the loss or in the backward of a block. From the last block to the first, the
+    backward frees what the forward kept and makes gradients; in later micro-batches of a step all
+    gradients are there from the start."""
+    C, F, k = config.hidden_size, config.intermediate_size, config.experts_per_token
+    V, L = config.vocab_size, config.num_hidden_layers
     heads = config.num_attention_heads * config.head_dim
-    kv_heads = max(config.num_key_value_heads, sp) * config.head_dim
+    qkv = heads + 2 * max(config.num_key_value_heads, sp) * config.head_dim
     tokens = micro_batch * seq_len // sp
-    block = (parameters - 2 * V * C - C) // L
+    block, ends = (parameters - 2 * V * C - C) // L, 2 * V * C  # ends: embedding, unembedding
     weight, gradient, moments = (size * parameters * replicas // ranks for size in BYTES[optimizer])
     summed = 2 if adds_in_bf16(ranks, optimizer) else 4  # bytes of a gradient as it is summed
-    # two blocks, embedding and unembedding whole in bf16; a block's gradients whole in bf16, and as
-    # they are summed
-    gathered = 2 * (2 * block + 2 * V * C) + (2 + summed) * block
-    copied = optimizer != "fp32" and summed == 4  # gradients, to the dtype they are kept in
+    # FSDP copies sums in fp32 to gradients in bf16 with replicas; else memory.ReduceScatter does
+    copied = optimizer != "fp32" and summed == 4 and replicas > 1
+    held = 0
     if replicas > 1 and (copied or micro_batches > 1):
-        # the sums of all blocks, held until the replicas have added theirs
-        gathered += summed * parameters * replicas // ranks
-    k = config.experts_per_token
-    whole = L if recompute == "none" else min(keep_blocks, L)  # blocks that recompute nothing
-    # x before and after both norms; q, k, v; attention's out, a second one after FlexAttention's
-    # sinks or the all-to-all, so on half of the layers or on all; gates and ups
+        # the sums of all blocks, until the replicas have added theirs
+        held = summed * parameters * replicas // ranks
+
+    # What the forward keeps of each block for the backward. A block's tensors: its input; x after
+    # attention and both norms; q, k, v; attention's out, twice where FlexAttention's sinks or the
+    # all-to-all make another; gates and ups.
+    given, gates = 2 * tokens * C, 2 * tokens * k * 2 * F
     outs = 2 * heads if sp > 1 else 3 * heads // 2
-    kept = 2 * tokens * whole * (4 * C + (heads + 2 * kv_heads) + outs + k * 2 * F)
-    kept += 2 * tokens * C * min(L - whole, 2 if offload else L)
-    if recompute == "attention":  # out, and its logsumexp in fp32, of the full layers
-        kept += tokens * (2 * heads + 4 * config.num_attention_heads) * ((L - whole) // 2)
-    # the largest of attention's backward, a tile of experts, and the loss; with the residual stream
-    # and its gradient
-    attention = 2 * tokens * (4 * (heads + 2 * kv_heads) + 3 * heads)
-    tiled = tokens > EXPERT_TOKENS  # then the experts' gradients are summed in fp32
-    experts = 2 * min(tokens, EXPERT_TOKENS) * k * (4 * C + 6 * F) + (4 * block if tiled else 0)
-    loss = LOSS_TOKENS * V * 2 + V * C * (4 + 2) + 2 * tokens * C
-    both = micro_batches > 1 or copied
-    return {
-        "weights": weight,
-        "optimizer": moments,
-        "gradients, kept activations": gradient + kept if both else max(gradient, kept),
-        "gathered by FSDP": gathered,
-        "working set": max(attention, experts, loss) + 4 * 2 * tokens * C,
-    }
+    inside = 2 * tokens * (3 * C + qkv + outs)
+    # "attention" stores attention's out, and its logsumexp in fp32, of the full layers
+    stored = tokens * (2 * heads + 4 * config.num_attention_heads)
+    stored = [stored * (recompute == "attention" and not config.window(i)) for i in range(L)]
+    whole = L if recompute == "none" else min(keep_blocks, L)  # blocks that recompute nothing
+    kept = [
+        given + inside + gates if i >= L - whole else given * (not offload) + stored[i]
+        for i in range(L)
+    ]
 
+    # What a block's backward needs beside that: in experts, per choice of an expert, x, its
+    # gradient, gates and ups, their gradients and so on; or in attention the gradients of q, k, v
+    # and out, and cuDNN's gradient of q in fp32, when the tensors of the experts' half are gone
+    tiled = tokens > EXPERT_TOKENS  # then a tile's last tensors overlap with the next tile's
+    choices = k * min(tokens, EXPERT_TOKENS)
+    experts = 2 * choices * ((3 + tiled) * C + 6 * F) + 4 * block * tiled  # fp32 sums of gradients
+    attention = 2 * tokens * (qkv + 3 * heads) - 2 * given
+    stream = 3 * given + 2 * given * offload  # x, its gradients; inputs on their way back
 
-# --------------------------------------------------------------------------------------------------
-# What a run will need
+    def backward(i):
+        gradients = gradient if micro_batches > 1 else gradient * (L - 1 - i) * block // parameters
+        of_experts = experts - (2 * choices * 2 * F if i >= L - whole else 0)
+        replayed = 0 if i >= L - whole else inside - stored[i]
+        # in bf16 this block, the next one, and the ends; this block's gradients; those of the
+        # block before, as they are summed; the unembedding's
+        gathered = 2 * (2 * block if i else block) + 2 * ends + 2 * block
+        gathered += summed * block * (i < L - 1) + ends
+        unused = gradient - gradients + 6 * block if copied else 0
+        return {
+            "weights": weight,
+            "optimizer": moments,
+            "gradients, kept activations": gradients + sum(kept[: i + 1]),
+            "gathered by FSDP": gathered + held,
+            "working set": replayed + max(of_experts, attention) + stream,
+            **({RESERVED: unused} if copied else {}),
+        }
 
-
-def arithmetic(options, config, parameters, ranks):
-    """What a step consists of, in words. Its FLOPs are an upper bound: packed documents have less
-    attention."""
-    groups, tokens = ranks // options.sp, options.batch_size * options.seq_len
-    micro_batches = options.batch_size // groups // options.micro_batch
-    flops = flops_per_token(config, options.seq_len)
-    again = recomputed_flops(config, options.seq_len, options.recompute, options.keep_blocks)
-    more = f", and {again / flops:.0%} more for what is recomputed" if again else ""
-    return (
-        f"{parameters:,} parameters, optimizer {options.optimizer} at "
-        f"{sum(BYTES[options.optimizer])} bytes each\n"
-        f"{tokens:,} tokens a step = {count(micro_batches, 'micro-batch', 'es')} x "
-        f"{count(groups, 'group')} (sp {options.sp}) x {count(options.micro_batch, 'sequence')} x "
-        f"{options.seq_len:,} tokens; "
-        f"{flops * tokens:.3g} FLOPs{more}, if each sequence is one document"
-    )
-
-
-def count(number, what, plural="s"):
-    return f"{number} {what}{plural if number != 1 else ''}"
-
-
-def dry_run(options):
-    """Print what the run will need."""
-    ranks, config = int(os.environ.get("WORLD_SIZE", options.ranks)), model_config(options)
-    check_ranks(options, config, ranks)
-    if os.environ.get("RANK", "0") != "0":
-        return
-    parameters = count_parameters(config)
-    needs = needs_of(options, config, parameters, ranks)
-    print(arithmetic(options, config, parameters, ranks))
-    for what, size in needs.items():
-        print(f"{size / GIB:8.1f} GiB  {what}")
-    total = sum(needs.values()) / GIB
-    print(f"{total:8.1f} GiB  peak of each of {ranks} GPUs, without what CUDA and NCCL take")
-    if options.offload:  # the last block's output goes there, too
-        hidden = options.micro_batch * options.seq_len // options.sp * config.hidden_size * 2
-        host = hidden * (config.num_hidden_layers + 1) / GIB
-        print(f"{host:8.1f} GiB  of host memory for each GPU: the blocks' inputs")
+    at_loss = backward(L - 1)
+    at_loss["gathered by FSDP"] = 2 * (block + ends) + held
+    at_loss["working set"] = LOSS_TOKENS * V * 2 + V * C * (4 + 2) + 2 * given
+    return max((at_loss, *map(backward, range(L))), key=lambda needs: sum(needs.values()))
 
 
 def count_parameters(config):
@@ -241,11 +217,38 @@ def count_parameters(config):
         return sum(p.numel() for p in GPTOSS(config).parameters())
 
 
-def needs_of(options, config, parameters, ranks):
-    """`estimate` of a run with these options."""
-    shared = "sp replicas seq_len micro_batch optimizer recompute keep_blocks offload"
-    settings = {name: getattr(options, name) for name in shared.split()}
-    micro_batches = options.batch_size * options.sp // (ranks * options.micro_batch)
-    return estimate(
-        config, parameters=parameters, ranks=ranks, micro_batches=micro_batches, **settings
-    )
+def sent_bytes(
+    config,
+    *,
+    parameters,
+    ranks,
+    sp,
+    replicas,
+    seq_len,
+    micro_batch,
+    micro_batches,
+    optimizer,
+    recompute,
+    keep_blocks,
+    **_,
+):
+    """{kind of collective: bytes} that one rank sends in a step, for a computation in bf16. Without
+    the few numbers of a step's loss, and for sizes that the ranks divide evenly."""
+    shards, L = ranks // replicas, config.num_hidden_layers
+    ends = 2 * config.vocab_size * config.hidden_size + config.hidden_size
+    summed = 2 if adds_in_bf16(ranks, optimizer) else 4
+    # weights are gathered for the forward and again for the backward, those outside of blocks once
+    gathered = 2 * (2 * (parameters - ends) + ends)
+    # all-to-all: q, k, v and out, in the forward, its replay and the backward
+    heads = config.num_attention_heads * config.head_dim
+    qkv = heads + 2 * max(config.num_key_value_heads, sp) * config.head_dim
+    replayed = 0 if recompute == "none" else max(L - keep_blocks, 0)
+    tokens = micro_batch * seq_len // sp
+    exchanged = 2 * tokens * (2 * L + replayed) * (qkv + heads)
+    per_micro_batch = {
+        "all_gather": gathered * (shards - 1) // shards,
+        "reduce_scatter": summed * parameters * (shards - 1) // shards,
+        "all_to_all": exchanged * (sp - 1) // sp,
+        "all_reduce": 2 * summed * parameters // shards * (replicas - 1) // replicas,
+    }
+    return {kind: micro_batches * size for kind, size in per_micro_batch.items()}

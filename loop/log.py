@@ -12,7 +12,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import fast
-from loop.budget import arithmetic, flops_of, peak_flops
+from loop.budget import flops_of, peak_flops
+from loop.plan import arithmetic
 
 
 class Log:

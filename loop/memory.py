@@ -123,13 +123,17 @@ class ReduceScatter:
     full and stalls, twice per step, while the allocator returns everything that is free to the
     driver. On two H200s this took a fifth of a step: docs/LOG.md, 2026-11-24.
 
+    FSDP hands over and takes back gradients in the dtype they are kept in; the ranks' gradients are
+    summed in `dtype`. (FSDP can sum in fp32 by itself, but then makes the bf16 copy that is kept in
+    its own stream's memory: on eight ranks 9 GiB lay reserved and unused.)
+
     For FSDPModule.set_custom_reduce_scatter; create it on the computing stream. FSDP's stream has
     just waited for that stream when it allocates, so memory that the computation freed is free. But
     torch.empty must not launch a kernel there, as it does with deterministic algorithms unless
     torch.utils.deterministic.fill_uninitialized_memory is off."""
 
-    def __init__(self, module, device):
-        self.module = module
+    def __init__(self, module, device, dtype):
+        self.module, self.dtype = module, dtype
         self.stream = torch.cuda.current_stream() if device.type == "cuda" else None
 
     def makes_the_gradient(self):
@@ -146,7 +150,14 @@ class ReduceScatter:
     def __call__(self, output_tensor, input_tensor, group, op, async_op=False):
         # reduce_scatter_tensor was its name before PyTorch 2.13
         run = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-        return run(output_tensor, input_tensor, op, group, async_op)
+        if input_tensor.dtype == self.dtype:
+            return run(output_tensor, input_tensor, op, group, async_op)
+        wide, total = (
+            self.allocate(x.shape, dtype=self.dtype, device=x.device)
+            for x in (input_tensor, output_tensor)
+        )
+        run(total, wide.copy_(input_tensor), op, group)
+        output_tensor.copy_(total)
 
 
 # --------------------------------------------------------------------------------------------------

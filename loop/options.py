@@ -92,7 +92,12 @@ class Options(GPTOSSConfig):
     wandb: bool = option(False, "mirror the metrics to Weights & Biases")
     fast: bool = option(True, "the fast twins of fast.py; false: the model's plain definitions")
     dry_run: bool = option(False, "print what the run will need, per GPU, and leave; needs no GPU")
-    ranks: int = option(1, "ranks of a dry run, where torchrun does not say")
+    rehearse: bool = option(
+        False, "measure a few steps as one of --ranks ranks on this GPU; under torchrun as all"
+    )
+    ranks: int = option(1, "ranks of a dry run or a rehearsal, where torchrun does not say")
+    gpu_gib: float = option(0.0, "memory of the GPUs that a dry run is for; 0: that of this one")
+    gbps: float = option(350.0, "GB/s that a GPU of a rehearsal is taken to send")
     deterministic: bool = option(False, "bitwise the same on every run, and slower")
     timeout: int = option(600, "seconds after which ranks give up waiting for each other")
 
@@ -120,6 +125,7 @@ class Options(GPTOSSConfig):
             "keep_blocks",
             "eval_every",
             "save_every",
+            "gpu_gib",
         )
         for f in dataclasses.fields(self):
             value, zero = getattr(self, f.name), f.name in may_be_zero
@@ -218,7 +224,9 @@ def model_config(options):
     sizes = {f.name: getattr(options, f.name) for f in dataclasses.fields(GPTOSSConfig)}
     if not options.checkpoint:
         return GPTOSSConfig(**sizes)
-    if sizes != dataclasses.asdict(GPTOSSConfig()):
+    positions = sizes.pop("max_position_embeddings")  # may be set, for more than it was trained on
+    usual = dataclasses.asdict(GPTOSSConfig())
+    if sizes != {name: usual[name] for name in sizes}:
         raise ValueError(
             f"checkpoint={options.checkpoint} brings its own sizes: leave those of the model alone"
         )
@@ -232,7 +240,10 @@ def model_config(options):
             f"checkpoint={options.checkpoint}: {path} does not exist; convert_hf.py makes checkpoints/NAME, and a run's weights "
             "are in runs/NAME/model; with --checkpoint= they are random"
         )
-    return GPTOSSConfig.from_json(path)
+    config = GPTOSSConfig.from_json(path)
+    if positions != usual["max_position_embeddings"]:
+        config.max_position_embeddings = positions
+    return config
 
 
 def check_ranks(options, config, ranks):
@@ -274,16 +285,22 @@ def check_new(options):
         )
 
 
-def check_files(options, config):
-    """The data and the held-out data, or None, of a run that has what it needs. ValueError if it has not: found by every rank
-    alone, before they meet and before a GPU has work."""
-    check_new(options)
+def check_folder(options):
+    """ValueError if the run's folder cannot be written."""
     run = Path("runs") / options.name
     place = next(path for path in (run, *run.parents) if path.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise ValueError(
-            f"{run}: cannot be written in {place.absolute()}: start in another folder, or choose another --name"
+            f"{run}: cannot be written in {place.absolute()}: start in another folder, "
+            "or choose another --name"
         )
+
+
+def check_files(options, config):
+    """The data and the held-out data, or None, of a run that has what it needs. ValueError if it has not: found by every rank
+    alone, before they meet and before a GPU has work."""
+    check_new(options)
+    check_folder(options)
     gpus, wanted = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if options.offload and not gpus:
         raise ValueError(

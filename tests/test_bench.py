@@ -441,7 +441,8 @@ def test_accuracy(dtype, run, monkeypatch):
     [
         (["--rows=4Q"], "'4Q' is no list of lengths"),
         (["--layers=0"], "num_hidden_layers=0 must be a positive int"),
-        (["--accuracy", "--against=transformers"], "--accuracy runs on one GPU"),
+        (["--accuracy", "--against=transformers"], "--accuracy is compared with nothing"),
+        (["--rehearse=2", "--against=transformers"], "--rehearse is compared with --against=ranks"),
         (["--accuracy", "--rows=1"], "at least 2 tokens"),
         (["--rows=2x4K"], "start it by torchrun"),
         (["--profile", "--accuracy"], "not allowed with"),

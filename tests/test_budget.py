@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import fast
 from bench.common import TINY
 from loop import budget
-from loop.budget import BYTES, estimate, forward_flops, recomputed_flops
-from model import GPTOSS
+from loop.budget import BYTES, count_parameters, estimate, forward_flops, recomputed_flops
+from model import GPTOSS, GPTOSSConfig
 
 # --------------------------------------------------------------------------------------------------
 # FLOPs
@@ -80,7 +80,56 @@ def test_recomputed_flops_are_those_that_pytorch_counts(monkeypatch):
 
 
 # --------------------------------------------------------------------------------------------------
-# Estimate
+# Bytes on a GPU
+
+# (ranks, layers, tokens per sequence, sp, micro_batch, micro-batches, optimizer, recompute, kept
+# blocks, offload): GiB allocated at the peak, measured with the 20b's sizes: rehearsed as one of
+# eight on an H100, real training on two H200s, and four layers on two H100s; 2026-11-25.
+MEASURED = {
+    (8, 24, 64, 2, 1, 2, "fp32", "attention", 0, False): 64.1,
+    (8, 24, 64, 8, 1, 2, "fp32", "attention", 0, False): 53.4,
+    (8, 24, 128, 4, 1, 1, "fp32", "attention", 0, False): 56.3,
+    (8, 24, 256, 8, 1, 1, "fp32", "attention", 0, False): 56.4,
+    (8, 24, 512, 8, 1, 1, "fp32", "all", 0, True): 63.0,
+    (8, 24, 1024, 8, 1, 1, "fp32", "all", 0, True): 67.9,
+    (8, 24, 4, 1, 8, 1, "split", "attention", 12, False): 69.8,
+    (8, 24, 64, 2, 1, 1, "split", "attention", 8, False): 60.6,
+    (8, 24, 32, 1, 1, 1, "split", "attention", 6, False): 54.8,
+    (8, 24, 4, 1, 4, 1, "split", "none", 0, False): 65.2,
+    (8, 24, 4, 1, 4, 2, "split", "none", 0, False): 69.9,
+    (8, 24, 8, 1, 2, 1, "split", "none", 0, False): 65.2,
+    (8, 24, 8, 1, 3, 1, "split", "attention", 16, False): 67.5,
+    (2, 24, 4, 1, 8, 1, "split", "attention", 10, False): 122.7,
+    (2, 24, 32, 1, 1, 1, "split", "attention", 10, False): 122.7,
+    (2, 24, 32, 2, 1, 1, "split", "attention", 24, False): 124.1,
+    (2, 24, 64, 2, 1, 1, "split", "attention", 10, False): 123.9,
+    (2, 24, 128, 2, 1, 1, "split", "attention", 3, False): 125.3,
+    (2, 24, 256, 2, 1, 1, "split", "attention", 0, True): 122.8,
+    (2, 24, 512, 2, 1, 1, "split", "all", 0, True): 131.0,
+    (2, 4, 1024, 2, 1, 1, "split", "all", 0, True): 74.2,
+}
+
+
+@pytest.mark.parametrize("run, measured", MEASURED.items(), ids=str)
+def test_the_estimate_is_within_3_percent_of_what_was_measured(run, measured):
+    ranks, layers, k, sp, micro_batch, number, optimizer, recompute, keep_blocks, offload = run
+    config = GPTOSSConfig(num_hidden_layers=layers, max_position_embeddings=2**20)
+    found = estimate(
+        config,
+        parameters=count_parameters(config),
+        ranks=ranks,
+        sp=sp,
+        replicas=1,
+        seq_len=k * 1024,
+        micro_batch=micro_batch,
+        micro_batches=number,
+        optimizer=optimizer,
+        recompute=recompute,
+        keep_blocks=keep_blocks,
+        offload=offload,
+    )
+    assert sum(found.values()) / budget.GIB == pytest.approx(measured, rel=0.03)
+
 
 RUN = {
     "ranks": 8,
@@ -92,7 +141,8 @@ RUN = {
     "recompute": "all",
     "offload": False,
 }
-KEPT = "gradients, kept activations"  # usually the larger of the two
+NO_BLOCKS = 2 * 61 * 20 + 20  # parameters of tiny_config without any
+KEPT, GATHERED = "gradients, kept activations", "gathered by FSDP"
 
 
 def needs(parameters=1_000_000, **changes):
@@ -102,75 +152,69 @@ def needs(parameters=1_000_000, **changes):
 @pytest.mark.parametrize("ranks, replicas", [(1, 1), (8, 1), (8, 2)])
 @pytest.mark.parametrize("optimizer", BYTES)
 def test_ranks_share_the_parameters(optimizer, ranks, replicas):
-    """And where gradients are copied from fp32 sums to bf16, their memory serves no activations,
-    which come on top."""
     run = {"optimizer": optimizer, "ranks": ranks, "replicas": replicas, "sp": 1}
-    found, activations = needs(**run), needs(parameters=0, **run)[KEPT]
+    found, later = needs(**run), needs(micro_batches=2, **run)
     weight, gradient, moments = (size * 1_000_000 * replicas // ranks for size in BYTES[optimizer])
-    copied = ranks > 2 and optimizer != "fp32"
-    assert gradient > activations > 0
-    expected = [weight, gradient + activations if copied else gradient, moments]
-    assert [found["weights"], found[KEPT], found["optimizer"]] == expected
+    assert [found["weights"], found["optimizer"]] == [weight, moments]
+    # in later micro-batches all gradients are there when the peak comes, in the first one not
+    assert later[KEPT] - gradient < found[KEPT] < later[KEPT] < gradient + 100_000
+    copied = replicas > 1 and optimizer != "fp32"
+    assert (budget.RESERVED in found) == copied
 
 
-def test_what_is_kept_for_the_backward():
-    """Where it is more than the gradients: B S / sp tokens of C bf16 numbers a layer, with offload
-    of two layers; with attention kept also its output and fp32 lse, on full layers."""
+def test_what_the_forward_keeps_for_the_backward():
+    """B S / sp tokens of C bf16 numbers per layer, with offload none; with attention kept also its
+    output and fp32 lse, on full layers. The sequence is so long that the last block is the peak."""
     config, tokens = tiny_config(), 2 * 2**20 // 4
 
     def kept(**changes):
-        return needs(seq_len=2**20, **changes)[KEPT]
+        return needs(NO_BLOCKS, seq_len=2**20, **changes)[KEPT]
 
-    layer = 2 * tokens * config.hidden_size
-    assert kept() == 4 * layer and kept(offload=True) == 2 * layer and kept(sp=8) == 2 * layer
-    assert kept(recompute="attention") == 4 * layer + 2 * tokens * (2 * 6 * 8 + 4 * 6)
-    block = (
-        2 * tokens * (4 * 20 + (6 + 2 * 4) * 8 + 2 * 6 * 8 + 2 * 2 * 12)
-    )  # at sp 4 three key-value heads would be four
-    assert (
-        kept(recompute="none") == 4 * block
-        and kept(keep_blocks=9) == kept(keep_blocks=4) == 4 * block
-    )
+    layer, attention = 2 * tokens * config.hidden_size, tokens * (2 * 6 * 8 + 4 * 6)
+    assert kept() == 4 * layer and kept(offload=True) == 0 and kept(sp=8) == 2 * layer
+    assert kept(recompute="attention") == 4 * layer + 2 * attention
+    # at sp 4 three key-value heads become four
+    block = 2 * tokens * (4 * 20 + (6 + 2 * 4) * 8 + 2 * 6 * 8 + 2 * 2 * 12)
+    assert kept(recompute="none") == kept(keep_blocks=9) == kept(keep_blocks=4) == 4 * block
     assert kept(keep_blocks=1) == 3 * layer + block
-    assert kept(keep_blocks=2, recompute="attention") == 2 * layer + 2 * block + tokens * (
-        2 * 6 * 8 + 4 * 6
-    )
+    assert kept(keep_blocks=2, recompute="attention") == 2 * layer + 2 * block + attention
     alone = 2 * 4 * tokens * (4 * 20 + (6 + 2 * 3) * 8 + 6 * 8 * 3 // 2 + 2 * 2 * 12)
     assert kept(keep_blocks=4, sp=1) == 4 * alone
 
 
+def test_inputs_on_the_host_come_back_two_at_a_time():
+    one = 2 * (2 * 2**20 // 4) * tiny_config().hidden_size
+    run = {"seq_len": 2**20}
+    assert needs(offload=True, **run)["working set"] - needs(**run)["working set"] == 2 * one
+
+
+def test_the_peak_moves_from_the_last_block_to_the_first():
+    """As the backward goes on gradients grow and kept activations shrink: which of them decides."""
+    few, many = needs(NO_BLOCKS, seq_len=2**20), needs(seq_len=64, parameters=10**9)
+    tokens = 2 * 2**20 // 4
+    assert few[KEPT] == 4 * 2 * tokens * 20, "all blocks' inputs, no gradient"
+    assert many[KEPT] == pytest.approx(4 * 10**9 / 8 * 2 / 4, rel=0.01), "those of two blocks"
+
+
 def gathered(ranks, kind, **changes):
-    return needs(ranks=ranks, sp=1, optimizer=kind, **changes)["gathered by FSDP"]
+    return needs(ranks=ranks, sp=1, optimizer=kind, **changes)[GATHERED]
 
 
-def test_two_ranks_add_gradients_in_bf16():
+def test_two_ranks_sum_gradients_in_bf16():
     """2 bytes a number instead of 4, unless the gradients are kept in fp32."""
     of = {(ranks, kind): gathered(ranks, kind) for ranks in (1, 2, 4) for kind in BYTES}
-    assert (
-        of[1, "split"]
-        == of[2, "split"]
-        == of[2, "bf16"]
-        < of[2, "fp32"]
-        == of[4, "split"]
-        == of[4, "fp32"]
-    )
+    assert of[1, "split"] == of[2, "split"] == of[2, "bf16"] < of[2, "fp32"]
+    assert of[2, "fp32"] == of[4, "split"] == of[4, "fp32"]
 
 
 def test_replicas_wait_for_each_other():
     """FSDP holds the sums of all blocks, this rank's share of them in fp32, until the replicas' are
     added; but not those that are the gradients themselves."""
     held = 4 * 1_000_000 * 2 // 8
-    for kind, micro_batches, more in (
-        ("fp32", 1, 0),
-        ("fp32", 2, held),
-        ("split", 1, held),
-        ("split", 2, held),
-    ):
-        assert (
-            gathered(8, kind, replicas=2, micro_batches=micro_batches)
-            - gathered(8, kind, micro_batches=micro_batches)
-            == more
-        )
+    cases = ("fp32", 1, 0), ("fp32", 2, held), ("split", 1, held), ("split", 2, held)
+    for kind, micro_batches, more in cases:
+        two = gathered(8, kind, replicas=2, micro_batches=micro_batches)
+        assert two - gathered(8, kind, micro_batches=micro_batches) == more
 
 
 def test_longer_sequences_need_more_of_what_they_fill():

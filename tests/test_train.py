@@ -112,15 +112,19 @@ def sharded_gradients(ranks, optimizer, in_fp32):
     mesh = init_device_mesh("cpu", (1, ranks), mesh_dim_names=("replica", "shard"))
 
     def policy(**settings):
-        assert settings["reduce_dtype"] == (
-            torch.bfloat16 if ranks <= 2 and optimizer == "split" else torch.float32
-        )
+        assert settings["reduce_dtype"] == (torch.float32 if optimizer == "fp32" else torch.bfloat16)
         return MixedPrecisionPolicy(
             **settings | ({"reduce_dtype": torch.float32} if in_fp32 else {})
         )
 
+    def reduce_scatter(module, device, dtype):
+        assert dtype == (torch.bfloat16 if ranks <= 2 and optimizer == "split" else torch.float32)
+        return ReduceScatter(module, device, torch.float32 if in_fp32 else dtype)
+
+    ReduceScatter = loop.ReduceScatter
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "MixedPrecisionPolicy", policy)
+        patch.setattr(loop, "ReduceScatter", reduce_scatter)
         model = loop.build_model(options, config, torch.device("cpu"), mesh, torch.bfloat16)
     assert (model.recompute, model.keep_blocks) == ("all", 2)
     tokens, targets = batch(config, 2, 16, seed=dist.get_rank())
@@ -171,10 +175,9 @@ def questions_of_the_reduce_scatter(optimizer):
     "ranks, optimizer", [(1, "split"), (2, "split"), (4, "split"), (2, "fp32")]
 )
 def test_whose_memory_gradients_take(ranks, optimizer):
-    """The computation's, for what becomes a gradient as it is. FSDP's own for what is added to one or copied to another dtype."""
-    copied = (ranks, optimizer) == (4, "split")
+    """The computation's, for what becomes a gradient. FSDP's own for what is added to one."""
     for answers in run_ranks(ranks, questions_of_the_reduce_scatter, optimizer):
-        assert answers == ([set()] * 3 if copied else [{True}, {False}, {True}])
+        assert answers == [{True}, {False}, {True}]
 
 
 def without_fast_twins(rank):

@@ -1,0 +1,124 @@
+"""One rank of many, measured on one GPU: `python -m bench --rehearse=8`, and beside the real
+ranks."""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+import train
+from bench.common import DEVICE, GIB, GPU, K, attempt
+from bench.report import length, say, say_row
+from bench.speed import SPEED
+from bench.training import ranks_per_sequence
+from loop import plan
+from loop.budget import flops_per_token
+from loop.options import Options
+from loop.rehearse import rehearse
+
+NAME = "bench-rehearsal"
+COLUMNS = [
+    ("sequences", "row", "<11"),
+    ("sp", "sp", ">3"),
+    ("optimizer", "optimizer", ">10"),
+    ("recompute", "recompute", ">10"),
+    ("kept blocks", "keep_blocks", ">12"),
+    ("offload", "offload", ">8"),
+    *SPEED[:2],
+    ("mfu", "mfu", ">7.1%"),
+    ("step s", "seconds", ">9.3f"),
+    ("copies s", "copy_seconds", ">9.3f"),
+    ("to send s", "sending_seconds", ">10.3f"),
+    ("peak GiB", "peak_gib", ">9.1f"),
+    ("reserved", "reserved_gib", ">9.1f"),
+    ("dry run", "dry_run_gib", ">8.1f"),
+    ("stops", "alloc_retries", ">6"),
+]
+REAL = [("real: s", "real_seconds", ">9.3f"), ("peak", "real_peak_gib", ">7.1f")]
+REAL += [("peak off by", "peak_apart", ">12.2%"), ("communication", "communication", ">14.1%")]
+
+
+def choose(options, config, ranks, sequences, S):
+    """train.py's options for a row: the fastest that fit this GPU by the dry run's arithmetic; what
+    the command line says stays."""
+    sp = ranks_per_sequence(options, ranks, sequences)
+    micro_batch = max(1, sequences * sp // ranks)
+    row = Options(
+        **asdict(config),
+        name=NAME,
+        data="random",
+        ranks=ranks,
+        sp=sp,
+        seq_len=S,
+        batch_size=micro_batch * ranks // sp,
+        micro_batch=micro_batch,
+        rehearse=True,
+    )
+    settings = plan.settings_of(row, config, ranks)
+    given = {"optimizer": options.optimizer, "keep_blocks": options.keep_blocks}
+    given["recompute"] = None if options.recompute == "auto" else options.recompute
+    given = {name: value for name, value in given.items() if value is not None}
+    choices = [
+        recomputation | {"optimizer": optimizer}
+        for optimizer in ("fp32", "split")
+        for recomputation in plan.recomputations(config.num_hidden_layers)
+        if GPU or not recomputation["offload"]
+    ]
+    # of equal choices the first; what is given and in no choice is taken as it is
+    choices = [c for c in choices if all(c[name] == given[name] for name in given)] or [given]
+    room = torch.cuda.get_device_properties(DEVICE).total_memory if GPU else 80 * GIB
+    best = plan.fastest(config, settings, plan.SHARE * room, choices) or settings | choices[-1]
+    names = "optimizer", "recompute", "keep_blocks", "offload"
+    return replace(row, **{name: best[name] for name in names})
+
+
+def measure(row):
+    torch._dynamo.reset()  # each length compiled for itself
+    return rehearse(row, train.train)
+
+
+def measure_real(row):
+    """The same steps on as many real ranks: what to add to a row of the table."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={row.ranks}"]
+    given = [f"--{name}={value}" for name, value in asdict(row).items()]
+    command = [*launcher, train.__file__, *given]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip() or "no message").splitlines()
+        why = next((line for line in last if line.startswith(("error:", "out of"))), last[-1])
+        return {"error": f"real ranks: {why[:160]}"}
+    found = json.loads(Path("runs", NAME, "rehearsal.json").read_text())
+    return {"real_seconds": found["seconds"], "real_peak_gib": found["peak_gib"]}
+
+
+def section(options, config, results):
+    ranks = options.rehearse
+    config = replace(config, max_position_embeddings=K * K)
+    columns = COLUMNS + (REAL if options.against else [])
+    rows = []
+    for sequences, S in options.rows:
+        row = choose(options, config, ranks, sequences, S)
+        shared = "sp", "optimizer", "recompute", "keep_blocks", "offload"
+        line = {"row": f"{row.batch_size} x {length(S)}", "sequence": S}
+        line |= {name: getattr(row, name) for name in shared}
+        line |= attempt(measure, row)
+        if "error" not in line:
+            line["tokens_per_second"] = line["tokens_per_s_per_rank"]
+            line["tflops"] = flops_per_token(config, S) * line["tokens_per_second"] / 1e12
+            if options.against:
+                line |= measure_real(row)
+        if "real_seconds" in line:
+            line["communication"] = line["real_seconds"] / line["seconds"] - 1
+            if GPU:
+                line["peak_apart"] = line["real_peak_gib"] / line["peak_gib"] - 1
+        results.add("rows", line)
+        rows.append(line)
+    say(f"\nOne rank of {ranks}, rehearsed: the other ranks and communication are not there")
+    if options.against:
+        say("real: the same steps on real ranks; communication: how much longer they take")
+    say_row(columns)
+    for line in rows:
+        say_row(columns, line)

@@ -1,0 +1,217 @@
+"""What a run will need, whether that fits, and which settings would be the fastest that fit: the
+dry run."""
+
+import importlib.util
+import os
+from contextlib import suppress
+from dataclasses import replace
+
+import torch
+
+from loop.budget import (
+    BYTES,
+    GIB,
+    RECOMPUTED,
+    count_parameters,
+    estimate,
+    flops_per_token,
+    forward_flops,
+    matrices,
+    recomputed_flops,
+    sent_bytes,
+)
+from loop.options import check_ranks, model_config
+
+SETTINGS = "sp", "replicas", "seq_len", "micro_batch"
+SETTINGS += "optimizer", "recompute", "keep_blocks", "offload"
+SHARE = 0.95  # of a GPU's memory that a plan may use: CUDA and NCCL take some, arithmetic errs
+
+
+def settings_of(options, config, ranks):
+    """What `estimate` and `sent_bytes` ask for, of a run with these options."""
+    micro_batches = options.batch_size * options.sp // (ranks * options.micro_batch)
+    return {
+        "parameters": count_parameters(config),
+        "ranks": ranks,
+        "micro_batches": micro_batches,
+        **{name: getattr(options, name) for name in SETTINGS},
+    }
+
+
+def peak(config, settings):
+    """Bytes that decide whether a run fits."""
+    return sum(estimate(config, **settings).values())
+
+
+# --------------------------------------------------------------------------------------------------
+# Time
+
+# FLOP/s of matmuls and of attention as parts of a step on an H100, and seconds of a micro-batch per
+# parameter that do not depend on its tokens: fitted to eleven rehearsed runs of the 20b as one of
+# eight (4K to 256K tokens, docs/LOG.md), which they repeat within 2.5 %.
+MATMUL, ATTENTION, PER_PARAMETER = 508e12, 418e12, 0.37 / 20.9e9
+WINDOW = 5  # how much slower than full attention's FLOPs those of windows are
+
+
+def seconds(config, settings, gbps=350):
+    """Estimated seconds of a step on H100s that send `gbps` GB/s each: FSDP communicates while the
+    GPU computes, the all-to-alls of sequence parallelism do not."""
+    seq_len, L = settings["seq_len"], config.num_hidden_layers
+    forward = forward_flops(config, seq_len)
+    replayed = forward_flops(config, seq_len, range(max(L - settings["keep_blocks"], 0)))
+    of_matrices, time = matrices(config), 0
+    for name, flops in forward.items():
+        # the backward of a matmul is two, attention's two and a half forwards
+        flops *= 3 if name in of_matrices else 3.5
+        flops += replayed[name] * (name in RECOMPUTED[settings["recompute"]])
+        rate = MATMUL if name in of_matrices else ATTENTION
+        time += flops * (WINDOW if name == "window" else 1) / rate
+    sequences = settings["micro_batches"] * settings["micro_batch"] / settings["sp"]  # of this rank
+    time = time * sequences + settings["micro_batches"] * PER_PARAMETER * settings["parameters"]
+    sent = {kind: size / gbps / 1e9 for kind, size in sent_bytes(config, **settings).items()}
+    between = sent.pop("all_to_all")
+    return max(time, sum(sent.values())) + between
+
+
+# --------------------------------------------------------------------------------------------------
+# Search
+
+
+def fastest(config, settings, room, choices):
+    """The settings with the least estimated time that need at most `room` bytes, or None. choices:
+    dictionaries of what may differ from `settings`."""
+    found = None, None
+    for choice in choices:
+        tried = settings | choice
+        time = seconds(config, tried)
+        if (found[0] is None or time < found[0]) and peak(config, tried) <= room:
+            found = time, tried
+    return found[1]
+
+
+def recomputations(layers):
+    """What can be recomputed, kept and moved to the host, from the fastest to the smallest."""
+    yield {"recompute": "none", "keep_blocks": 0, "offload": False}
+    for recompute in "attention", "all":
+        for blocks in range(layers - 1, -1, -1):
+            yield {"recompute": recompute, "keep_blocks": blocks, "offload": False}
+    for recompute in "attention", "all":
+        yield {"recompute": recompute, "keep_blocks": 0, "offload": True}
+
+
+def divisions(options, config, ranks):
+    """How a step's sequences can be divided among the ranks: sp and micro_batch that check_ranks
+    accepts."""
+    for sp in (n for n in range(1, ranks + 1) if ranks % n == 0):
+        each = options.batch_size * sp // ranks  # sequences of a group of sp ranks
+        for micro_batch in (n for n in range(1, each + 1) if each % n == 0):
+            with suppress(ValueError):
+                check_ranks(replace(options, sp=sp, micro_batch=micro_batch), config, ranks)
+                micro_batches = each // micro_batch
+                yield {"sp": sp, "micro_batch": micro_batch, "micro_batches": micro_batches}
+
+
+def search(options, config, settings, room):
+    """[settings]: for each optimizer, the most exact first, the fastest that fit `room` bytes."""
+    found, ways = [], list(divisions(options, config, settings["ranks"]))
+    for optimizer in BYTES:
+        choices = (
+            way | recomputation | {"optimizer": optimizer}
+            for way in ways
+            for recomputation in recomputations(config.num_hidden_layers)
+        )
+        if best := fastest(config, settings, room, choices):
+            found.append(best)
+    return found
+
+
+# --------------------------------------------------------------------------------------------------
+# What the dry run prints
+
+
+def count(number, what, plural="s"):
+    return f"{number} {what}{plural if number != 1 else ''}"
+
+
+def arithmetic(options, config, parameters, ranks):
+    """What a step consists of, in words. Its FLOPs are an upper bound: packed documents have less
+    attention."""
+    groups, tokens = ranks // options.sp, options.batch_size * options.seq_len
+    micro_batches = options.batch_size // groups // options.micro_batch
+    flops = flops_per_token(config, options.seq_len)
+    again = recomputed_flops(config, options.seq_len, options.recompute, options.keep_blocks)
+    more = f", and {again / flops:.0%} more for what is recomputed" if again else ""
+    return (
+        f"{parameters:,} parameters, optimizer {options.optimizer} at "
+        f"{sum(BYTES[options.optimizer])} bytes each\n"
+        f"{tokens:,} tokens a step = {count(micro_batches, 'micro-batch', 'es')} x "
+        f"{count(groups, 'group')} (sp {options.sp}) x {count(options.micro_batch, 'sequence')} x "
+        f"{options.seq_len:,} tokens; "
+        f"{flops * tokens:.3g} FLOPs{more}, if each sequence is one document"
+    )
+
+
+def describe(config, settings):
+    """Settings as options of train.py, with their estimated time and memory."""
+    time, ranks = seconds(config, settings), settings["ranks"]
+    names = "sp", "micro_batch", "optimizer", "recompute", "keep_blocks", "offload"
+    written = " ".join(f"--{name}={str(settings[name]).lower()}" for name in names)
+    sequences = settings["micro_batches"] * settings["micro_batch"] / settings["sp"]
+    speed = sequences * settings["seq_len"] / time
+    return (
+        f"{written}\n{'':8}{peak(config, settings) / GIB:.1f} GiB on each of {ranks} GPUs, about "
+        f"{time:.1f} s a step on H100s ({speed:,.0f} tok/s per GPU)"
+    )
+
+
+def verdict(options, config, settings, gpu_gib):
+    """Yield lines: does the run fit GPUs of `gpu_gib`, and what would?"""
+    left = gpu_gib - peak(config, settings) / GIB
+    if left >= (1 - SHARE) * gpu_gib:
+        yield f"fits a GPU of {gpu_gib:.0f} GiB: {left:.0f} GiB left"
+    elif left >= 0:
+        yield f"does not fit a GPU of {gpu_gib:.0f} GiB: {left:.0f} GiB left for CUDA and NCCL"
+    else:
+        yield f"does not fit a GPU of {gpu_gib:.0f} GiB: {-left:.0f} GiB too much"
+    room, ranks = SHARE * gpu_gib * GIB, settings["ranks"]
+    if found := search(options, config, settings, room):
+        yield "the fastest settings that fit, for each optimizer (see --help):"
+        for best in found:
+            yield f"  {describe(config, best)}"
+        return
+    yield f"no settings fit {count(ranks, 'GPU')} at batch_size={options.batch_size}"
+    more = ranks
+    while more < 64 * ranks:
+        more *= 2
+        # a larger batch, if there are more groups than sequences
+        larger = replace(options, batch_size=max(options.batch_size, more))
+        if found := search(larger, config, settings | {"ranks": more}, room):
+            batch = f" and --batch_size={larger.batch_size}" * (larger != options)
+            yield f"{more} GPUs{batch} would do:\n  {describe(config, found[0])}"
+            break
+    if importlib.util.find_spec("lora"):
+        yield "or train adapters on frozen weights, which need no optimizer of that size: lora.py"
+
+
+def dry_run(options):
+    """Print what the run will need, and with the memory of a GPU known also whether that fits."""
+    ranks, config = int(os.environ.get("WORLD_SIZE", options.ranks)), model_config(options)
+    check_ranks(options, config, ranks)
+    if os.environ.get("RANK", "0") != "0":
+        return
+    settings = settings_of(options, config, ranks)
+    print(arithmetic(options, config, settings["parameters"], ranks))
+    for what, size in estimate(config, **settings).items():
+        print(f"{size / GIB:8.1f} GiB  {what}")
+    total = peak(config, settings) / GIB
+    print(f"{total:8.1f} GiB  peak of each of {ranks} GPUs, without what CUDA and NCCL take")
+    if options.offload:  # the last block's output goes there, too
+        hidden = options.micro_batch * options.seq_len // options.sp * config.hidden_size * 2
+        host = hidden * (config.num_hidden_layers + 1) / GIB
+        print(f"{host:8.1f} GiB  of host memory for each GPU: the blocks' inputs")
+    gpu_gib = options.gpu_gib
+    if not gpu_gib and torch.cuda.is_available():
+        gpu_gib = torch.cuda.get_device_properties(0).total_memory / GIB
+    if gpu_gib:
+        for line in verdict(options, config, settings, gpu_gib):
+            print(line)
