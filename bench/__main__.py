@@ -11,7 +11,7 @@
     python -m bench --accuracy               # bf16 error, ours and transformers', against fp32
     python -m bench --deterministic=true     # are two runs equal to the bit, and what it costs
     python -m bench --generate --against=transformers  # tokens per second of generation
-    python -m bench --curves                 # losses on one rank, at sp 2 and dp 2; docs/curves.png
+    python -m bench --curves                 # losses on one rank, at sp 2 and dp 2; runs/curves.png
     python -m bench --plot                   # docs/bench.png from what an earlier run wrote
 
 Run it in the repository's folder. Nothing is downloaded: weights and tokens are random.

@@ -4,7 +4,7 @@ batch (dp 2): are the losses equal?
     python -m bench --curves                                      # configs/tiny.py, 50 steps
     python -m bench --curves configs/gptoss_64k.py --steps=9 ...  # any run, by train.py's arguments
 
-Prints the largest relative difference of the losses and draws them: docs/curves.png. The runs stay
+Prints the largest relative difference of the losses and draws them: runs/curves.png. The runs stay
 in runs/curves-*. The default learning rate is a third of that of configs/tiny.py, at which the runs
 part after some twenty steps: rounding flips a near-tied routing choice."""
 
@@ -33,7 +33,7 @@ def losses(layout, arguments):
     return [line["loss"] for line in lines if "loss" in line]
 
 
-def main(arguments, image=ROOT / "docs/curves.png"):
+def main(arguments, image=Path("runs/curves.png")):
     from matplotlib.figure import Figure  # now, not after minutes of training
 
     arguments = arguments or [ROOT / "configs/tiny.py", *DEFAULT.split()]
