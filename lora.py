@@ -228,17 +228,16 @@ def from_checkpoint(folder, device="cpu", dtype=None, recompute="none"):
 
 @torch.no_grad()
 def load_adapters(model, folder):
-    places, problems = open_adapters(folder)
-    wanted = adapters(model)
-    check_places(folder, places, problems, {name: tuple(p.shape) for name, p in wanted.items()})
+    places, wanted = open_adapters(folder), adapters(model)
+    check_places(folder, places, [], {name: tuple(p.shape) for name, p in wanted.items()})
     for name, parameter in wanted.items():
         copy_rows(parameter, places[name])
 
 
 def open_adapters(folder):
-    """({name: Place}, problems) of the adapters in a folder."""
+    """{name: Place} of the adapters in a folder."""
     try:
-        return read_header(Path(folder) / TENSORS), []
+        return read_header(Path(folder) / TENSORS)
     except Exception as error:  # safetensors has an exception for each way to be wrong
         raise ValueError(f"{Path(folder) / TENSORS}: cannot be read ({error})") from None
 
@@ -299,12 +298,80 @@ def places(folder):
         return unpacked(found), problems
     settings = read_settings(folder)
     found, problems = places(settings["base"])
-    opened, more = open_adapters(folder)
-    factors = {name: wide(place[:]) for name, place in opened.items()}
+    factors = {name: wide(place[:]) for name, place in open_adapters(folder).items()}
     for name in [name.removesuffix("lora_a") for name in factors if name.endswith("lora_a")]:
         weight = f"{name}weight"  # of "….qkv." or "….gate_up_"
         if weight not in found:
             raise ValueError(f"{folder}: adapters for {weight}, which the base does not have")
         pair = factors[f"{name}lora_a"], factors[f"{name}lora_b"]
         found[weight] = Merged(found[weight], *pair, settings["alpha"] / settings["rank"])
-    return found, problems + more
+    return found, problems
+
+
+# --------------------------------------------------------------------------------------------------
+# PEFT's layout, https://github.com/huggingface/peft, for transformers' gpt-oss
+
+PEFT_MODULES = {  # ours: theirs, and whether it is a module or a bare parameter
+    "attention.qkv.": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attention.out.": ("self_attn.o_proj",),
+}
+PEFT_PARAMETERS = {
+    "mlp.router.": ("mlp.router", "weight"),
+    "mlp.gate_up_": ("mlp.experts", "gate_up_proj"),
+    "mlp.down_": ("mlp.experts", "down_proj"),
+}
+
+
+def peft_tensors(name, a, b, config):
+    """{their module: (A, B)} of one pair of adapters, `name` without its block. q, k and v share A.
+    The experts' factors are laid side by side: A (E r, in), B (out, r E)."""
+    if name == "attention.qkv.":
+        heads = config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads
+        parts = b.split([config.head_dim * n for n in heads])
+        return {module: (a, part) for module, part in zip(PEFT_MODULES[name], parts)}
+    if name in PEFT_MODULES:
+        return {PEFT_MODULES[name][0]: (a, b)}
+    module, _ = PEFT_PARAMETERS[name]
+    if name == "mlp.router.":
+        return {module: (a, b)}
+    if name == "mlp.gate_up_":  # there gate and up columns alternate
+        b = torch.stack(b.chunk(2, dim=-1), dim=-1).flatten(-2)
+    return {module: (a.mT.flatten(0, 1), b.permute(2, 1, 0).flatten(1))}
+
+
+def write_peft(folder, out):
+    """Write adapters as adapter_config.json and adapter_model.safetensors, which PEFT loads on
+    transformers' model of the base: PeftModel.from_pretrained(model, out). Experts' adapters want
+    a base that is not packed there, Mxfp4Config(dequantize=True)."""
+    settings = read_settings(folder)
+    config = GPTOSSConfig.from_json(Path(settings["base"]) / "config.json")
+    opened, tensors, modules, parameters = open_adapters(folder), {}, {}, {}
+    stems = [name.removesuffix("lora_a") for name in opened if name.endswith("lora_a")]
+    for stem in stems:
+        _, layer, name = stem.split(".", 2)
+        place = f"layers.{layer}."
+        a, b = (opened[f"{stem}lora_{letter}"][:] for letter in "ab")
+        if name in PEFT_MODULES:
+            modules |= {f"{place}{module}": None for module in PEFT_MODULES[name]}
+        else:
+            parameters[f"{place}{'.'.join(PEFT_PARAMETERS[name])}"] = None
+        # a module with two adapted parameters is wrapped twice, the second around the first
+        both = f"blocks.{layer}.mlp.down_" in stems and name == "mlp.gate_up_"
+        for module, pair in peft_tensors(name, a, b, config).items():
+            prefix = f"base_model.model.model.{place}{module}.{'base_layer.' if both else ''}"
+            for letter, factor in zip("AB", pair):
+                tensors[f"{prefix}lora_{letter}.weight"] = factor.contiguous().clone()
+    given = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": settings["base"],
+        "r": settings["rank"],
+        "lora_alpha": settings["alpha"],
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted(modules),
+        "target_parameters": sorted(parameters) or None,
+    }
+    with Aside(out) as aside:
+        (aside / "adapter_model.safetensors").write_bytes(safetensors.torch.save(tensors))
+        (aside / "adapter_config.json").write_text(json.dumps(given, indent=2) + "\n")

@@ -4,17 +4,27 @@ weights; packed experts against the same experts unpacked; what is not computed;
 Sizes are multiples of 32, which MXFP4 needs, and no two are equal."""
 
 import json
+import warnings
 import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
-from common import assert_all_close, batch, expert_inputs, noise_, relative, tiny_config
+from common import (
+    assert_all_close,
+    batch,
+    expert_inputs,
+    hugging_face_config,
+    noise_,
+    relative,
+    tiny_config,
+)
 from torch.func import functional_call
 
 import fast
 import frozen
 import lora
+from convert_hf import HUGGING_FACE, counterparts
 from frozen import FrozenExperts, pack
 from lora import adapt
 from model import GPTOSS, GPTOSSConfig
@@ -463,6 +473,44 @@ def test_new_adapters_do_not_depend_on_what_else_is_there():
     assert not any(torch.equal(first.get_parameter(n), other.get_parameter(n)) for n in names)
     a = first.get_parameter(names[0])
     assert abs(a.std() * a.shape[1] ** 0.5 - 1) < 0.2
+
+
+def transformers_twin(base):
+    """transformers' model with the weights of the checkpoint folder `base`, in fp32."""
+    transformers = pytest.importorskip("transformers", reason="transformers is the reference")
+    theirs = hugging_face_config(
+        CONFIG, attn_implementation="eager", experts_implementation="eager"
+    )
+    theirs = transformers.GptOssForCausalLM(theirs)
+    for layer in theirs.model.layers:
+        layer.mlp.experts.limit = CONFIG.swiglu_limit
+    plain, state = GPTOSS.from_checkpoint(base, dtype=torch.float32).state_dict(), {}
+    for pair in counterparts(CONFIG, HUGGING_FACE, False):
+        state |= zip(pair.theirs, pair.to_theirs(plain[pair.name]))
+    theirs.load_state_dict(state)
+    return theirs
+
+
+@pytest.mark.parametrize(
+    "targets, layers", [("attention", ""), ("all", ""), ("down,router", "1"), ("all", "0,2")]
+)
+def test_peft_loads_adapters(tmp_path, targets, layers):
+    """On transformers' model, with our logits."""
+    peft = pytest.importorskip("peft", reason="PEFT is the reference: pip install peft")
+    base = write_base(tmp_path / "base")
+    model = write_adapters(tmp_path / "run", base, targets, layers)
+    lora.write_peft(tmp_path / "run", tmp_path / "peft")
+    tokens, _ = batch(CONFIG, 2, 29)
+    theirs = transformers_twin(base)
+    before = theirs(tokens).logits.detach()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of missing and unexpected keys PEFT only warns
+        for kind in DeprecationWarning, FutureWarning:
+            warnings.filterwarnings("ignore", category=kind)
+        theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "peft")
+    logits = theirs(tokens).logits
+    assert relative(logits, model(tokens)) < 1e-5
+    assert relative(before, logits) > 1e-2
 
 
 # --------------------------------------------------------------------------------------------------
