@@ -16,7 +16,7 @@ micro_batch = 1
 optimizer = (
     "split"  # 1.17 TB over sixteen GPUs: 73 GB each; a copy a node (replicas = 2) would need 146
 )
-recompute = "attention"  # 119 GiB of 140 by the dry run
+recompute = "attention"  # 109 GiB of 140 by the dry run
 
 steps = 200
 lr, warmup_steps = 1e-5, 20

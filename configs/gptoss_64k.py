@@ -9,7 +9,7 @@ checkpoint = "checkpoints/gpt-oss-20b"
 data = "data/corpus"
 
 ranks = 8
-# Pairs share each row: 32,768 of its tokens, and in attention half of the heads, each. At sp = 8 it would take 55 GiB a GPU, and 8
+# Pairs share each row: 32,768 of its tokens, and in attention half of the heads, each. At sp = 8 it would take 54 GiB a GPU, and 8
 # micro-batches instead of 2, for each of which FSDP gathers all weights anew.
 sp = 2
 seq_len = 64 * 1024
@@ -17,7 +17,7 @@ batch_size = 8  # 524,288 tokens a step = 2 micro-batches x 4 groups x 1 row x 6
 micro_batch = 1
 
 optimizer = "fp32"  # 335 GB over eight GPUs: 42 GB each
-recompute = "attention"  # 64 GiB of 80 by the dry run
+recompute = "attention"  # 65 GiB of 80 by the dry run
 
 steps = 200
 lr, warmup_steps = 1e-5, 20

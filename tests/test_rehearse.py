@@ -126,6 +126,13 @@ def test_sent_bytes_are_what_the_stand_in_counts(changes, home, monkeypatch):
     )
     options = parse(["tiny.py", *(f"--{k}={v}" for k, v in given.items())], "")
     options.rehearse, options.data, options.name = True, "random", "sent"
+    options.save_every = 1
+
+    def never(*_, **__):
+        raise AssertionError("random weights were saved")
+
+    monkeypatch.setattr("train.save_weights", never)
+    monkeypatch.setattr("train.States.save", never)
     found = rehearsal.rehearse(options, train)["sent_bytes"]
     config = model_config(options)
     expected = sent_bytes(config, **settings_of(options, config, 8))

@@ -1,0 +1,152 @@
+"""loop/plan.py: the estimated time against measured runs, the search against trying everything, and
+what the dry run says of a GPU."""
+
+import itertools
+import re
+
+import pytest
+from common import tiny_config
+
+from loop import plan
+from loop.budget import GIB, count_parameters, estimate
+from loop.options import Options, check_ranks, parse
+from model import GPTOSSConfig
+
+# (K tokens per sequence, sp, micro_batch, micro-batches, optimizer, recompute, kept blocks): tokens
+# per second of the 20b's one rank of eight, rehearsed on an H100 without communication; 2026-11-25
+MEASURED = {
+    (64, 2, 1, 2, "fp32", "attention", 0): 8_466,
+    (64, 8, 1, 2, "fp32", "attention", 0): 6_608,
+    (128, 4, 1, 1, "fp32", "attention", 0): 5_863,
+    (256, 8, 1, 1, "fp32", "attention", 0): 3_563,
+    (4, 1, 8, 1, "split", "attention", 12): 15_892,
+    (64, 2, 1, 1, "split", "attention", 8): 8_683,
+    (32, 1, 1, 1, "split", "attention", 6): 11_235,
+    (4, 1, 4, 1, "split", "none", 0): 14_039,
+    (4, 1, 4, 2, "split", "none", 0): 14_628,
+    (8, 1, 2, 1, "split", "none", 0): 13_737,
+    (8, 1, 3, 1, "split", "attention", 16): 14_788,
+}
+
+
+@pytest.mark.parametrize("run, measured", MEASURED.items(), ids=str)
+def test_the_estimated_speed_is_within_5_percent_of_what_was_measured(run, measured):
+    k, sp, micro_batch, micro_batches, optimizer, recompute, keep_blocks = run
+    config = GPTOSSConfig(max_position_embeddings=2**20)
+    settings = {
+        "parameters": count_parameters(config),
+        "ranks": 8,
+        "replicas": 1,
+        "sp": sp,
+        "seq_len": 1024 * k,
+        "micro_batch": micro_batch,
+        "micro_batches": micro_batches,
+        "optimizer": optimizer,
+        "recompute": recompute,
+        "keep_blocks": keep_blocks,
+    }
+    at_once = plan.seconds(config, settings, gbps=1e9)  # as rehearsed: sending takes no time
+    tokens = 1024 * k * micro_batch * micro_batches / sp
+    assert tokens / at_once == pytest.approx(measured, rel=0.05)
+
+
+def test_sending_takes_time_only_where_it_cannot_hide():
+    config = GPTOSSConfig()
+    options = Options(ranks=8, batch_size=8, seq_len=32768)
+    settings = plan.settings_of(options, config, 8)
+    fast, usual, slow = (plan.seconds(config, settings, gbps) for gbps in (1e9, 350, 1))
+    assert fast == usual < slow, "FSDP's traffic hides behind computation until it takes longer"
+    shared = settings | {"sp": 8, "micro_batches": 8}
+    assert plan.seconds(config, shared, 350) > plan.seconds(config, shared, 1e9), "all-to-alls"
+
+
+OPTIONS = Options(batch_size=8, seq_len=512, ranks=8, num_attention_heads=6, num_key_value_heads=3)
+CONFIG = tiny_config(num_hidden_layers=4, max_position_embeddings=512)
+
+
+def everything(options, config, ranks):
+    """All settings that check_ranks accepts, found by trying all numbers."""
+    keys = "sp", "micro_batch", "optimizer", "recompute", "keep_blocks", "offload"
+    layers = range(config.num_hidden_layers)
+    ways = ["none"], ["attention", "all"]
+    for sp, micro_batch, optimizer in itertools.product(
+        range(1, 9), range(1, 9), ("fp32", "split", "bf16")
+    ):
+        for recompute, blocks, offload in (
+            *itertools.product(ways[0], [0], [False]),
+            *itertools.product(ways[1], layers, [False]),
+            *itertools.product(ways[1], [0], [True]),
+        ):
+            values = (sp, micro_batch, optimizer, recompute, blocks, offload)
+            changes = dict(zip(keys, values))
+            try:
+                found = plan.replace(options, **changes)
+                check_ranks(found, config, ranks)
+            except ValueError:
+                continue
+            yield plan.settings_of(found, config, ranks)
+
+
+def test_the_search_finds_the_fastest_that_fits():
+    settings = plan.settings_of(OPTIONS, CONFIG, 8)
+    tried = list(everything(OPTIONS, CONFIG, 8))
+    peaks = sorted(sum(estimate(CONFIG, **s).values()) for s in tried)
+    for room in (peaks[0] - 1, peaks[0], peaks[len(peaks) // 10], peaks[len(peaks) // 2]):
+        found = plan.search(OPTIONS, CONFIG, settings, room)
+        assert all(plan.peak(CONFIG, best) <= room for best in found)
+        for optimizer in "fp32", "split", "bf16":
+            fitting = [
+                plan.seconds(CONFIG, s)
+                for s in tried
+                if s["optimizer"] == optimizer and plan.peak(CONFIG, s) <= room
+            ]
+            best = [plan.seconds(CONFIG, s) for s in found if s["optimizer"] == optimizer]
+            assert best == ([min(fitting)] if fitting else [])
+
+
+def lines(gpu_gib, *arguments, config="configs/gptoss_64k.py"):
+    options = parse([config, "--checkpoint=", *arguments], "")
+    found = plan.model_config(options)
+    settings = plan.settings_of(options, found, options.ranks)
+    left = gpu_gib - plan.peak(found, settings) / GIB
+    return left, list(plan.verdict(options, found, settings, gpu_gib))
+
+
+def peaks_of(text):
+    return [float(gib) for gib in re.findall(r"([\d.]+) GiB on each", "\n".join(text))]
+
+
+def test_verdict_of_a_run_that_fits():
+    left, text = lines(80)
+    assert text[0] == f"fits a GPU of 80 GiB: {left:.0f} GiB left" and left > 4
+    assert all(peak <= 76 for peak in peaks_of(text)) and len(peaks_of(text)) == 3
+
+
+def test_verdict_of_a_run_that_nearly_fits():
+    left, text = lines(66)
+    assert 0 < left < 0.05 * 66
+    assert text[0] == f"does not fit a GPU of 66 GiB: {left:.0f} GiB left for CUDA and NCCL"
+    assert peaks_of(text), "but others do"
+
+
+def test_verdict_where_nothing_fits():
+    """So many GPUs would do that fewer, by halves, would not."""
+    left, text = lines(24, config="configs/gptoss_1m.py")
+    assert text[0] == f"does not fit a GPU of 24 GiB: {-left:.0f} GiB too much"
+    assert text[1] == "no settings fit 8 GPUs at batch_size=1"
+    gpus = int(re.match(r"(\d+) GPUs", text[2])[1])
+    assert gpus > 8 and peaks_of(text)[0] <= 0.95 * 24
+    half = parse(["configs/gptoss_1m.py", "--checkpoint=", f"--batch_size={gpus // 2}"], "")
+    config = plan.model_config(half)
+    settings = plan.settings_of(half, config, 8) | {"ranks": gpus // 2}
+    assert not plan.search(half, config, settings, 0.95 * 24 * GIB)
+    assert "lora.py" in text[-1]
+
+
+def test_the_dry_run_says_it_where_a_gpu_is_named(monkeypatch, capsys):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(plan.torch.cuda, "is_available", lambda: False)
+    plan.dry_run(Options(batch_size=2))
+    assert "GPU of" not in capsys.readouterr().out
+    plan.dry_run(Options(batch_size=2, gpu_gib=500.0))
+    assert "fits a GPU of 500 GiB" in capsys.readouterr().out
