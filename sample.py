@@ -1,203 +1,337 @@
-"""Text from a model: a converted checkpoint, or a training run.
+"""Text from a model: a converted checkpoint, a training run, or one of its saved states.
 
-    python sample.py checkpoints/gpt-oss-20b "Why is the sky blue?"                    # a chat, in the harmony format
-    python sample.py checkpoints/gpt-oss-20b "Once upon a time" --no-chat --top_p=0.9  # the text goes on
-    python sample.py runs/tiny "The import statement"                                  # bytes: the text goes on
-    python sample.py runs/finetune_chat "Which keyword leaves a loop?" --chat --temperature=0
+    python sample.py checkpoints/gpt-oss-20b                                   # a chat
+    python sample.py checkpoints/gpt-oss-20b "Why is the sky blue?" --reasoning=high
+    python sample.py checkpoints/gpt-oss-20b "Once upon a time" --no-chat --top_p=0.9
+    python sample.py runs/tiny "The import statement"                          # the text goes on
+    python sample.py runs/finetune_chat --chat --state=best --temperature=0
     python sample.py --help
 
+With a prompt it answers, or continues the text, and ends. Without one it is a chat: a line is a
+message, Ctrl-C stops an answer, the end of the input ends it. The text goes to stdout, everything
+else to stderr.
 """
 
 import argparse
-import codecs
-import json
-import re
+import contextlib
+import os
 import sys
 import time
-from contextlib import redirect_stdout
+from collections.abc import Callable
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from chat import load_harmony
-from generate import Decoder, check_request, room_for
+import fast as switch
+import lora
+from answers import parse, readable, text_of
+from chat import render_bytes, render_harmony
+from generate import Decoder, cache_bytes, check_request, room_for
 from model import GPTOSS, GPTOSSConfig
+from records import EFFORTS, Chat, drop_history
+from snapshots import find_state, load_state, state_config
 from tokenizer import TOKENIZERS, ByteTokenizer, HarmonyTokenizer, get_tokenizer
+from weights import find_model, read_json, stored_dtype
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Tokens and text
+GIB = 2**30
+MAX_TOKENS = 1000  # of a text that goes on; an answer in a chat may fill the context
 
 
-def chat_prompt(text, tokenizer):
-    """The tokens of a chat in which the user says `text`, up to where the assistant goes on."""
+# --------------------------------------------------------------------------------------------------
+# Which model
+
+
+class Source(NamedTuple):
+    """A model that can be loaded: load(device) -> GPTOSS, its size in bytes, its dtype, and the
+    name of the tokenizer that its run recorded, or None."""
+
+    config: GPTOSSConfig
+    load: Callable
+    size: int
+    dtype: torch.dtype
+    tokenizer: str | None
+
+
+def locate(folder, state=None):
+    """The Source of a converted checkpoint, a training run or its model/, or a run's saved state:
+    the state's folder, or a run and `state`, see find_state. ValueError if there is none."""
+    if path := find_state(folder, state):
+        config = state_config(path)
+        recorded = read_json(path.parent.parent / "config.json").get("tokenizer")
+
+        def load(device):  # trained in bf16 on a GPU, whatever the optimizer stores
+            return load_state(path, device, torch.bfloat16 if device.type == "cuda" else None)
+
+        with torch.device("meta"):
+            size = sum(p.numel() for p in GPTOSS(config).parameters())
+        dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+        return Source(config, load, size * dtype.itemsize, dtype, recorded)
+    found = find_model(folder)
+    if found.layout not in ("ours", "adapters"):
+        raise ValueError(
+            f"{folder} is in another layout: `python convert_hf.py {folder}` makes a folder of ours"
+        )
+    source = found.weights
+    if found.layout == "adapters":
+        source = Path(lora.read_settings(found.weights)["base"])
+    size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+    config = GPTOSSConfig.from_json(source / "config.json")
+
+    def load(device):
+        return lora.from_checkpoint(found.weights, device)
+
+    return Source(config, load, size, stored_dtype(source), found.tokenizer)
+
+
+def free_memory(device):
+    """Bytes that are free on a device; None if unknown."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    with contextlib.suppress(OSError, StopIteration), open("/proc/meminfo") as lines:
+        return 1024 * int(next(line for line in lines if "MemAvailable" in line).split()[1])
+
+
+def check_memory(folder, source, capacity, device):
+    """ValueError if the weights and the cache do not fit."""
+    cache, free = cache_bytes(source.config, 1, capacity, source.dtype), free_memory(device)
+    if free is not None and source.size + cache > free:
+        raise ValueError(
+            f"{folder}: {source.size / GIB:.1f} GiB of weights and {cache / GIB:.1f} GiB of cache "
+            f"for {capacity} tokens do not fit into the {free / GIB:.1f} GiB that {device} has "
+            "free; --context and --max_tokens make the cache smaller"
+        )
+
+
+def drawable(vocab_size, tokenizer):
+    """(vocab_size) bool: the tokens that have text. A model's vocabulary may be larger than its
+    tokenizer's, and the released one has reserved names."""
+    reserved = [
+        token < tokenizer.vocab_size and tokenizer.token_bytes(token).startswith(b"<|reserved_")
+        for token in range(tokenizer.end, vocab_size)
+    ]
+    has_text = torch.arange(vocab_size) < tokenizer.vocab_size
+    has_text[tokenizer.end :] &= ~torch.tensor(reserved)
+    return has_text
+
+
+# --------------------------------------------------------------------------------------------------
+# Prompts and answers
+
+
+def chat_prompt(messages, tokenizer, system="", reasoning=None):
+    """The tokens of a chat, up to where the assistant goes on. Reasoning of earlier turns is left
+    out, as the released models are served."""
+    messages = [message | {"counted": False} for message in messages]
+    if system:
+        messages.insert(0, {"role": "developer", "content": system, "counted": False})
+    chat = Chat(
+        drop_history(messages)[0], {"reasoning_effort": EFFORTS[reasoning]} if reasoning else {}
+    )
     if tokenizer.name == ByteTokenizer.name:
-        return tokenizer.encode(f"<|start|>user<|message|>{text}<|end|><|start|>assistant")
-    package, harmony = load_harmony()
-    system = package.Message.from_role_and_content(package.Role.SYSTEM, package.SystemContent.new())
-    user = package.Message.from_role_and_content(package.Role.USER, text)
-    return harmony.render_conversation_for_completion(
-        package.Conversation.from_messages([system, user]), package.Role.ASSISTANT
-    )
+        rendered, opening = render_bytes(chat), tokenizer.encode("<|start|>assistant")
+    else:
+        rendered = render_harmony(chat, tokenizer)
+        opening = [int(rendered[0][2][0]), *tokenizer.encode("assistant")]
+    tokens = [int(token) for _, _, *parts in rendered for part in parts for token in part]
+    return tokens + opening
 
 
-def text_of(tokens, tokenizer):
-    """Tokens -> pieces of text as they come. A character whose bytes are spread over tokens comes with its last one."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for token in tokens:
-        yield decoder.decode(tokenizer.token_bytes(token))
-    yield decoder.decode(b"", final=True)
+def respond(decoder, prompt, max_tokens, seed, tokenizer, show, out):
+    """Print the answer to `prompt` as it comes, by `show`, and its speed to stderr. Returns its
+    tokens without the one that ends it. Ctrl-C ends it too."""
+    said, times = [], [time.perf_counter()]
 
-
-MARKUP = re.compile(
-    r"(?:<\|start\|>assistant)?<\|channel\|>([^<]*)(?:<\|constrain\|>[^<]*)?<\|message\|>"  # a message begins
-    r"|<\|(?:end|return|call)\|>"  # and ends
-)
-UNFINISHED = re.compile(
-    r"<(\|.{0,99})?$|<\|start\|>assistant.{0,99}$", re.DOTALL
-)  # markup whose end may still come
-
-
-def readable(pieces):
-    """Harmony's markup, in pieces of text -> [analysis] and [final] before what is said on these channels, a line for each."""
-    held = ""
-    for piece in pieces:
-        text = MARKUP.sub(
-            lambda found: f"[{found[1].strip()}] " if found[1] is not None else "\n", held + piece
-        )
-        cut = found.start() if (found := UNFINISHED.search(text)) else len(text)
-        held = text[cut:]
-        yield text[:cut]
-    yield held
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def locate(folder, tokenizer=None):
-    """The weights folder and the tokenizer's name of a converted checkpoint, a training run runs/NAME, or its runs/NAME/model."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(
-            f"{folder}: no such folder. convert_hf.py makes checkpoints/NAME, train.py makes runs/NAME"
-        )
-    run = folder.parent if folder.name == "model" else folder
-    try:
-        recorded = json.loads((run / "config.json").read_text())["tokenizer"]
-    except (OSError, ValueError, KeyError, TypeError):
-        recorded = None  # not a training run
-    if recorded and not (run / "model").is_dir():
-        raise ValueError(
-            f"{run}: this run has no model/ yet. train.py with --resume=true finishes it"
-        )
-    if not tokenizer and not recorded:
-        print(
-            f"{folder} does not say its tokenizer: {HarmonyTokenizer.name}; --tokenizer=... chooses another",
-            file=sys.stderr,
-        )
-    return run / "model" if recorded else folder, tokenizer or recorded or HarmonyTokenizer.name
-
-
-def write(
-    folder,
-    prompt,
-    *,
-    chat=None,
-    max_tokens=1000,
-    temperature=1.0,
-    top_p=1.0,
-    seed=0,
-    device=None,
-    tokenizer=None,
-):
-    """Load the model in `folder` and print what it says to `prompt` as it comes, its speed to stderr.
-
-    chat: whether the prompt is a user's message or the beginning of the text; None: a message for the released vocabulary."""
-    weights, name = locate(folder, tokenizer)
-    tokenizer, device = (
-        get_tokenizer(name),
-        torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")),
-    )
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device={device}: this machine or this PyTorch has no CUDA GPU")
-    chat = name == HarmonyTokenizer.name if chat is None else chat
-    tokens = chat_prompt(prompt, tokenizer) if chat else tokenizer.encode(prompt)
-    config = GPTOSSConfig.from_json(weights / "config.json")
-    check_request(config, tokens, max_tokens, temperature, top_p)  # before the weights are read
-    if config.vocab_size < tokenizer.vocab_size:
-        ours, theirs = config.vocab_size, tokenizer.vocab_size
-        other = " or ".join(TOKENIZERS.keys() - {name})
-        raise ValueError(
-            f"{weights} has {ours} tokens, {name} has {theirs}: choose --tokenizer={other}"
-        )
-    model = GPTOSS.from_checkpoint(weights, device)
-    capacity, times = len(tokens) + room_for(config, tokens, max_tokens), [time.perf_counter()]
-    decoder = Decoder(model, 1, capacity, temperature, top_p)
-
-    def answer():
-        stream = decoder.stream([tokens], max_tokens, tokenizer.stop, [seed])
+    def tokens():
+        stream = decoder.stream([prompt], max_tokens, tokenizer.stop, [seed])
         while True:
             with redirect_stdout(sys.stderr):  # for what is said about kernels
                 _, token, _ = next(stream, (0, None, 0))
             if token is None or token in tokenizer.stop:
                 return
             times.append(time.perf_counter())
+            said.append(token)
             yield token
 
-    pieces = text_of(answer(), tokenizer)
-    for number, piece in enumerate(readable(pieces) if chat else pieces):
-        print(piece if number or chat else prompt + piece, end="", flush=True)
-    print(flush=True)
-    speed = (
-        f", then {(len(times) - 2) / (times[-1] - times[1]):.1f} tok/s" if len(times) > 2 else ""
+    stopped = ""
+    try:
+        for piece in show(tokens(), tokenizer):
+            print(piece, end="", flush=True, file=out)
+        if show is text_of:
+            print(flush=True, file=out)
+    except KeyboardInterrupt:
+        print(flush=True, file=out)
+        stopped = ", stopped"
+    first = f", the first after {times[1] - times[0]:.2f} s" if said else ""
+    speed = (len(times) - 2) / max(times[-1] - times[1], 1e-9) if len(said) > 1 else 0
+    then = f", then {speed:.1f} tok/s" if speed else ""
+    about = f"prompt of {len(prompt)} tokens, answer of {len(said)}{stopped}{first}{then}"
+    print(about, file=sys.stderr, flush=True)
+    return said
+
+
+def ask():
+    """The next line of the user, or None at the end."""
+    if sys.stdin.isatty():
+        try:
+            return input("> ")
+        except (EOFError, KeyboardInterrupt):
+            print(file=sys.stderr)
+            return None
+    line = sys.stdin.readline()
+    return line.rstrip("\n") if line else None
+
+
+def converse(decoder, tokenizer, system, reasoning, max_tokens, seed, out):
+    """A chat: each line is a message. When the context is full, the oldest turns are left out."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401, input() then edits lines and remembers them
+    turns, room = [], decoder.capacity - max(decoder.capacity // 4, 1)
+    while (line := ask()) is not None:
+        if not line.strip():
+            continue
+        turns.append([{"role": "user", "content": line}])
+        while True:
+            prompt = chat_prompt(sum(turns, []), tokenizer, system, reasoning)
+            if len(prompt) <= room or len(turns) == 1:
+                break
+            turns.pop(0)
+            print("the context is full: the oldest turn is left out", file=sys.stderr)
+        if len(prompt) >= decoder.capacity:
+            print(f"a prompt of {len(prompt)} tokens: the context holds {decoder.capacity}, "
+                  "and needs room to answer", file=sys.stderr)  # fmt: skip
+            turns.pop()
+            continue
+        most = max_tokens or decoder.capacity - len(prompt)
+        said = respond(decoder, prompt, most, seed, tokenizer, readable, out)
+        seed += 1
+        known = {"role", "content"} | ({"channel"} if tokenizer.name == ByteTokenizer.name else
+                                       {"channel", "recipient", "content_type"})  # fmt: skip
+        for message in parse(said, tokenizer):
+            if message["role"] == "assistant":
+                turns[-1].append({key: message[key] for key in message.keys() & known})
+            if "recipient" in message:
+                print(f"{message['recipient']} is called; nothing runs here", file=sys.stderr)
+
+
+# --------------------------------------------------------------------------------------------------
+# The command
+
+
+def write(
+    folder,
+    prompt=None,
+    *,
+    chat=None,
+    state=None,
+    system="",
+    reasoning=None,
+    max_tokens=None,
+    temperature=1.0,
+    top_p=1.0,
+    seed=0,
+    context=None,
+    device=None,
+    tokenizer=None,
+):
+    """Load the model in `folder` and print what it says to `prompt`; without one, chat.
+
+    chat: whether the prompt is a user's message or the beginning of a text; None: a message if the
+    vocabulary is the released one. Errors are found before the weights are read."""
+    source, out = locate(folder, state), sys.stdout
+    name = tokenizer or source.tokenizer
+    if name is None:
+        name = HarmonyTokenizer.name
+        other = "--tokenizer=... chooses another"
+        print(f"{folder} does not say its tokenizer: {name}; {other}", file=sys.stderr)
+    tokenizer, config = get_tokenizer(name), source.config
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device={device}: this machine or this PyTorch has no CUDA GPU")
+    if config.vocab_size < tokenizer.vocab_size:
+        other = " or ".join(TOKENIZERS.keys() - {name})
+        raise ValueError(
+            f"{folder} has {config.vocab_size} tokens, {name} has {tokenizer.vocab_size}: "
+            f"choose --tokenizer={other}"
+        )
+    if prompt is None and chat is False:
+        raise ValueError("--no-chat continues a text: give it a prompt")
+    chat = (prompt is None or name == HarmonyTokenizer.name) if chat is None else chat
+    if (system or reasoning) and not chat:
+        raise ValueError("--system and --reasoning belong to a chat: --chat makes the prompt one")
+    if context is not None and not 1 < context <= config.max_position_embeddings:
+        raise ValueError(f"--context={context}: 2 to {config.max_position_embeddings} tokens")
+    capacity = context or config.max_position_embeddings
+    if chat:
+        message = {"role": "user", "content": "" if prompt is None else prompt}
+        tokens = chat_prompt([message], tokenizer, system, reasoning)
+    else:
+        tokens = tokenizer.encode(prompt)
+        max_tokens = MAX_TOKENS if max_tokens is None else max_tokens
+    most = capacity if max_tokens is None else max_tokens
+    check_request(config, tokens, most, temperature, top_p)
+    if prompt is not None:
+        if len(tokens) >= capacity:
+            raise ValueError(f"a prompt of {len(tokens)} tokens leaves no room in {capacity}")
+        capacity = min(len(tokens) + room_for(config, tokens, most), capacity)
+    check_memory(folder, source, capacity, device)
+
+    model = source.load(device)
+    texts = drawable(config.vocab_size, tokenizer)
+    decoder = Decoder(model, 1, capacity, temperature, top_p, texts)
+    if prompt is None:
+        return converse(decoder, tokenizer, system, reasoning, max_tokens, seed, out)
+    if not chat:
+        print(prompt, end="", flush=True, file=out)
+    most = capacity - len(tokens)
+    respond(decoder, tokens, most, seed, tokenizer, readable if chat else text_of, out)
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    waited = f", the first after {times[1] - times[0]:.2f} s" if len(times) > 1 else ""
-    print(
-        f"prompt of {len(tokens)} tokens, answer of {len(times) - 1}{waited}{speed}",
-        file=sys.stderr,
-        flush=True,
-    )
+    add = parser.add_argument
+    add("folder", help="a converted checkpoint, a training run runs/NAME, or a state of one")
+    add("prompt", nargs="?", help="a message, or the beginning of a text; without it: a chat")
+    add("--chat", action=argparse.BooleanOptionalAction, help="answer the prompt, or continue it")
+    add("--state", help="of a run: best, last, or a number of steps (default: the finished model)")
+    add("--system", default="", help="instructions that come before the chat")
+    add("--reasoning", choices=EFFORTS, help="how long the model thinks (default: medium)")
+    add("--max_tokens", type=int,
+        help=f"default: {MAX_TOKENS}; in a chat as many as fit")  # fmt: skip
+    add("--temperature", type=float, default=1.0, help="default: %(default)s; 0: the likeliest")
+    add("--top_p", type=float, default=1.0,
+        help="draw from the likeliest tokens with this share (default: all)")  # fmt: skip
+    add("--seed", type=int, default=0, help="default: %(default)s")
+    add("--context", type=int, metavar="TOKENS", help="prompt and answer (default: the model's)")
+    add("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
+    add("--tokenizer", choices=TOKENIZERS, help="default: the one the run was trained with")
+    add("--fast", choices=["true", "false"], default="true",
+        help="false: the definitions of model.py, without their fast twins")  # fmt: skip
+    return parser.parse_args()
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Text from a model.", allow_abbrev=False)
-    parser.add_argument("folder", help="a converted checkpoint, or a training run runs/NAME")
-    parser.add_argument("prompt")
-    parser.add_argument(
-        "--chat", action=argparse.BooleanOptionalAction, help="ask the prompt, or go on from it"
-    )
-    parser.add_argument(
-        "--max_tokens",
-        type=int,
-        default=1000,
-        help="default: %(default)s, or what the context has room for",
-    )
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        default=1.0,
-        help="default: %(default)s; 0: always the likeliest token",
-    )
-    parser.add_argument(
-        "--top_p",
-        type=float,
-        default=1.0,
-        help="draw from the likeliest tokens with this share (default: all)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
-    parser.add_argument(
-        "--tokenizer", choices=TOKENIZERS, help="default: the one the run was trained with"
-    )
+    options = vars(parse_arguments())
+    for stream in sys.stdin, sys.stdout, sys.stderr:  # an ASCII terminal shows ? for the rest
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
-        write(**vars(parser.parse_args()))
+        with nullcontext() if options.pop("fast") == "true" else switch.plain():
+            write(**options)
+            sys.stdout.flush()
     except KeyboardInterrupt:
-        print()
-    except (
-        ValueError,
-        OSError,
-        RuntimeError,
-    ) as error:  # RuntimeError: no such device, out of memory
-        raise SystemExit(f"sample.py: {error}") from None
+        print(file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: out of memory, no device
+        raise SystemExit(f"sample.py: {str(error).strip() or type(error).__name__}") from None
 
 
 if __name__ == "__main__":
