@@ -32,7 +32,7 @@ class Writer:
     def __init__(self, folder, meta):
         self.folder, self.meta = Path(folder), dict(meta)
         self.documents = self.tokens = self.counted = 0
-        self.hashes = array("Q")  # of each document's tokens
+        self.hashes, self.lengths = array("Q"), array("Q")  # of each document's tokens
         self.checksum = hashlib.blake2b(digest_size=16)
 
     def __enter__(self):
@@ -50,6 +50,7 @@ class Writer:
         digest = hashlib.blake2b(tokens, digest_size=8).digest()
         self.checksum.update(digest + counted)
         self.hashes.append(int.from_bytes(digest, "little"))
+        self.lengths.append(len(counted))
         self.documents += 1
         self.tokens += len(counted)
         self.counted += counted.count(1)

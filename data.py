@@ -97,16 +97,36 @@ def repeat(lengths, hashes, source_of, weights):
     tokens = np.bincount(source_of, lengths, len(weights))
     wanted = np.array(weights) * np.max(tokens / weights)
     chosen = []
-    for source, want in enumerate(wanted):
+    for source, (has, want) in enumerate(zip(tokens, wanted)):
         mine = np.flatnonzero(source_of == source)
-        if not len(mine):
-            raise ValueError(f"--mix: source {source + 1} has no document to train on")
-        times = int(want // tokens[source])
-        chosen += [mine] * times
+        times = int(want // has)
         by_hash = mine[np.argsort(hashes[mine], kind="stable")]
-        rest = want - times * tokens[source]
-        chosen.append(np.sort(by_hash[np.cumsum(lengths[by_hash]) <= rest + 0.5]))
+        part = by_hash[np.cumsum(lengths[by_hash]) <= want - times * has + 0.5]
+        chosen += [mine] * times + [np.sort(part)]
     return np.concatenate(chosen)
+
+
+def choose(writer, source_of, paths, weights, val, say):
+    """Of the documents that were written: the numbers of those to train on, in the order of their
+    sources, and of those kept aside."""
+    hashes, source_of = np.array(writer.hashes), np.array(source_of)
+    held_out = choose_held_out(hashes, val) if val else np.zeros(len(hashes), bool)
+    chosen = np.flatnonzero(~held_out)
+    if weights is not None:
+        before = np.bincount(source_of[chosen], minlength=len(paths))
+        for path, number in zip(paths, before):
+            if not number:
+                raise ValueError(f"{path}: has no document to train on")
+        lengths = np.array(writer.lengths)
+        rest = repeat(lengths[chosen], hashes[chosen], source_of[chosen], weights)
+        chosen = chosen[rest]
+        for number, path in enumerate(paths):
+            mine = chosen[source_of[chosen] == number]
+            say(
+                f"{path}: {lengths[mine].sum() / lengths[chosen].sum():.1%} of the tokens, "
+                f"{len(mine) / before[number]:.3g} times each of {before[number]:,} documents"
+            )
+    return chosen, np.flatnonzero(held_out)
 
 
 def write_corpus(
@@ -138,9 +158,7 @@ def write_corpus(
         if len(files) > 1 or files[0][1] != path:
             shown = ", ".join(name for name, _ in files[:10]) + ", ..." * (len(files) > 10)
             say(f"{path}: {len(files):,} files: {shown}")
-    tokenizer = get_tokenizer(
-        tokenizer_name
-    )  # loaded, perhaps downloaded, before there are workers
+    tokenizer = get_tokenizer(tokenizer_name)  # perhaps downloaded: before there are workers
     meta = {"tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size, "history": history}
     if weights is not None:
         meta["mix"] = dict(zip(paths, weights))
@@ -151,12 +169,11 @@ def write_corpus(
     settings = {"tokenizer": tokenizer_name, "history": history, "ignore": tuple(ignore)}
     report, source_of = Report(say, skip_bad), array("L")
     with Aside(out) as folder, Aside(f"{out}-val") if val else contextlib.nullcontext() as aside:
-        whole = folder if not val and weights is None else folder / "whole"
+        divided = val or weights is not None
+        whole = folder / "whole" if divided else folder
         whole.mkdir(exist_ok=True)
-        with (
-            Writer(whole, meta) as writer,
-            tqdm(total=size, unit="B", unit_scale=True, desc=out) as bar,
-        ):
+        bar = tqdm(total=size, unit="B", unit_scale=True, desc=out)
+        with Writer(whole, meta) as writer, bar:
             for number, files in enumerate(sources):
                 documents = read_documents(files, separator, bar.update)
                 documents = itertools.islice(documents, max_records)
@@ -170,37 +187,16 @@ def write_corpus(
                     source_of.append(number)
         if not writer.documents:
             raise ValueError(f"{', '.join(paths)}: no document, only blank lines")
-        if whole is not folder:
-            hashes, source_of = np.array(writer.hashes), np.array(source_of)
-            held_out = choose_held_out(hashes, val) if val else np.zeros(len(hashes), bool)
-            chosen = np.flatnonzero(~held_out)
-            if weights is not None:
-                lengths = np.diff(np.fromfile(whole / "documents.bin", "<u8").astype(np.int64))
-                rest = repeat(lengths[chosen], hashes[chosen], source_of[chosen], weights)
-                chosen = chosen[rest]
-                for line in describe_mix(paths, lengths, source_of, chosen):
-                    say(line)
+        if divided:
+            chosen, held_out = choose(writer, source_of, paths, weights, val, say)
             if val:
-                copied = copy_documents(whole, np.flatnonzero(held_out), aside, meta)
-                say(f"{out}-val: {copied['documents']:,} documents kept aside by --val={val}")
-            meta = copy_documents(whole, chosen, folder, meta)
+                copy_documents(whole, held_out, aside, meta)
+                say(f"{out}-val: {len(held_out):,} documents kept aside by --val={val}")
+            written = copy_documents(whole, chosen, folder, meta)
             shutil.rmtree(whole)
-        else:
-            meta = writer.meta
     for line in report.lines(history):
         say(line)
-    return meta
-
-
-def describe_mix(paths, lengths, source_of, chosen):
-    total, before = lengths[chosen].sum(), np.bincount(source_of, minlength=len(paths))
-    for number, path in enumerate(paths):
-        mine = chosen[source_of[chosen] == number]
-        times = len(mine) / max(before[number], 1)
-        yield (
-            f"{path}: {lengths[mine].sum() / total:.1%} of the tokens, "
-            f"{times:.3g} times each of {before[number]:,} documents"
-        )
+    return written if divided else writer.meta
 
 
 # --------------------------------------------------------------------------------------------------

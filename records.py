@@ -87,6 +87,11 @@ class Chat:
     notes: Counter = field(default_factory=Counter)
 
 
+def present(record):
+    """The entries of a dict that are not null; nulls further inside, as in arguments, are kept."""
+    return {key: value for key, value in record.items() if value is not None}
+
+
 def brief(value):
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
@@ -243,7 +248,7 @@ class Reader:
     def read(self, message):
         if not isinstance(message, dict):
             raise ValueError(f"a message needs a role out of {', '.join(ROLES)}: {brief(message)}")
-        message = {key: value for key, value in message.items() if value is not None}
+        message = present(message)
         if "from" in message and "role" not in message:
             speaker = message.pop("from")
             if not isinstance(speaker, str) or speaker.lower() not in SHAREGPT:
@@ -342,8 +347,9 @@ class Reader:
             self.read_call(call, counted)
 
     def read_call(self, call, counted):
-        call = without_nulls(call) if isinstance(call, dict) else {}
+        call = present(call) if isinstance(call, dict) else {}
         function = call.get("function", call)
+        function = present(function) if isinstance(function, dict) else function
         if (
             call.get("type", "function") != "function"
             or not isinstance(function, dict)
@@ -440,7 +446,7 @@ def read_chat(record, ignore=()):
     """A record (dict) -> Chat. `ignore` names columns to ignore whatever they are called.
 
     ValueError, in one line, for what cannot be rendered."""
-    record = {key: value for key, value in record.items() if value is not None}
+    record = present(record)
     notes, rest = Counter(), dict(record)
     if "messages" in record:
         messages = read_messages(rest.pop("messages"), "messages")
@@ -462,9 +468,7 @@ def read_chat(record, ignore=()):
     kwargs = parsed(rest.pop("chat_template_kwargs", {}), "chat_template_kwargs") or {}
     if not isinstance(kwargs, dict):
         raise ValueError(f'"chat_template_kwargs" must be an object, not {brief(kwargs)}')
-    for key, value in kwargs.items():
-        if value is None:
-            continue
+    for key, value in present(kwargs).items():
         if key not in SETTINGS:
             raise ValueError(
                 f'"chat_template_kwargs" has {key!r}, which is none of {", ".join(SETTINGS)}'

@@ -76,7 +76,7 @@ FORMATS = {
                     "content": "",
                     "tool_calls": [
                         CALL,
-                        {"id": "2", "function": {"name": "sea", "arguments": {"é": 1}}},
+                        {"id": "2", "function": {"name": "sea", "arguments": {"é": 1, "n": None}}},
                     ],
                 },
                 {"role": "tool", "tool_call_id": "2", "content": {"wave": 1.5, "é": None}},
@@ -88,7 +88,7 @@ FORMATS = {
             DEFAULT,
             Q,
             their_call('{"place": "x"}'),
-            their_call('{"é": 1}', "functions.sea"),
+            their_call('{"é": 1, "n": null}', "functions.sea"),
             their_result('{"wave": 1.5, "é": null}', "functions.sea"),
             their_result("7"),
             theirs("A"),
