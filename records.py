@@ -44,6 +44,7 @@ SETTINGS = (
     "conversation_start_date",
     "knowledge_cutoff",
 )
+UNRENDERED = {"strict", "return", "returns"}  # of a tool: harmony renders none of them
 EFFORTS = {effort.lower(): effort for effort in ("Low", "Medium", "High")}  # as harmony spells them
 BUILTIN = ("browser", "python")
 
@@ -128,37 +129,45 @@ def is_harmless(name):
 # Tools and the other settings of a record
 
 
-def read_tools(value, name, notes):
+def flat_function(value, inside, around, what):
+    """{"type": "function", "function": {...}}, or the inner part alone, as one flat dict.
+
+    ValueError for keys that are neither `inside` a function nor `around` it."""
+    outer = present(value) if isinstance(value, dict) else {}
+    inner = outer.pop("function", outer)
+    if (
+        outer.get("type", "function") != "function"
+        or not isinstance(inner, dict)
+        or not isinstance(inner.get("name"), str)
+    ):
+        raise ValueError(f'{what} needs type "function" and a name, not {brief(value)}')
+    if inner is outer:
+        around = around | inside
+    else:
+        inside, inner = inside | {"type"}, present(inner)
+    if unknown := sorted(map(str, (outer.keys() - around) | (inner.keys() - inside - around))):
+        raise ValueError(f"{what}: {inner['name']} has {unknown[0]!r}, which is not known")
+    return outer | inner
+
+
+def read_tools(value, column, notes):
     """OpenAI's and Hugging Face's schemas, or bare functions -> harmony's descriptions."""
     tools = []
-    value = parsed(value, name)
+    value = parsed(value, column)
     if not isinstance(value, list):
-        raise ValueError(f'"{name}" must be a list of tool definitions, not {brief(value)}')
+        raise ValueError(f'"{column}" must be a list of tool definitions, not {brief(value)}')
+    inside = {"name", "description", "parameters", *UNRENDERED}
     for tool in map(without_nulls, value):
-        kind = tool.get("type", "function") if isinstance(tool, dict) else None
-        function = tool.get("function", tool) if kind == "function" else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise ValueError(
-                f'"{name}" holds {brief(tool)}: a tool needs type "function" and a name'
-            )
-        known = {"type", "name", "description", "parameters", "strict", "return", "returns"}
-        if unknown := sorted(map(str, (tool.keys() - {"function"} | function.keys()) - known)):
-            raise ValueError(f'"{name}": {function["name"]} has {unknown[0]!r}, which is not known')
-        for key in {
-            "strict",
-            "return",
-            "returns",
-        } & function.keys():  # harmony renders none of them
-            notes["ignored", f"{name}[].{key}"] += 1
-        parameters = parsed(function.get("parameters", {}), f"{name}.parameters") or None
-        description = function.get("description", "")
+        tool = flat_function(tool, inside, {"type", *UNRENDERED}, f'"{column}"')
+        for key in tool.keys() & UNRENDERED:
+            notes["ignored", f"{column}[].{key}"] += 1
+        parameters = parsed(tool.get("parameters", {}), f"{column}.parameters") or None
+        description = tool.get("description", "")
         if not isinstance(parameters, dict | None) or not isinstance(description, str):
             raise ValueError(
-                f'"{name}": {function["name"]} needs a text as description, an object as parameters'
+                f'"{column}": {tool["name"]} needs a text as description, an object as parameters'
             )
-        tools.append(
-            {"name": function["name"], "description": description, "parameters": parameters}
-        )
+        tools.append({"name": tool["name"], "description": description, "parameters": parameters})
     return tools
 
 
@@ -232,6 +241,8 @@ class Reader:
                 if kind in ("text", "input_text", "output_text") and isinstance(
                     part.get("text"), str
                 ):
+                    for key in present(part).keys() - {"type", "text"}:
+                        self.notes["ignored", f"messages[].content[].{key}"] += 1
                     parts.append({"type": "text", "text": part["text"]})
                 elif kind in ("system_content", "developer_content") and role in (
                     "system",
@@ -320,13 +331,15 @@ class Reader:
         self.read_system(message, header, counted, role="developer")
 
     def read_assistant(self, message, header, counted):
-        thoughts = {brief(message[key]): message[key] for key in REASONING if key in message}
-        if len(thoughts) > 1:
+        thoughts = [message[key] for key in REASONING if key in message]
+        if any(thought != thoughts[0] for thought in thoughts):
             raise ValueError("assistant message has two different texts of reasoning")
-        for thought in thoughts.values():
-            if not isinstance(thought, str):
-                raise ValueError(f"assistant message: reasoning must be a text: {brief(thought)}")
-            self.add("assistant", thought, counted, channel="analysis")
+        if thoughts:
+            if not isinstance(thoughts[0], str):
+                raise ValueError(
+                    f"assistant message: reasoning must be a text, not {brief(thoughts[0])}"
+                )
+            self.add("assistant", thoughts[0], counted, channel="analysis")
         calls = parsed(message.get("tool_calls", []), "tool_calls")
         if not isinstance(calls, list):
             raise ValueError(f'"tool_calls" must be a list, not {brief(calls)}')
@@ -347,40 +360,22 @@ class Reader:
             self.read_call(call, counted)
 
     def read_call(self, call, counted):
-        call = present(call) if isinstance(call, dict) else {}
-        function = call.get("function", call)
-        function = present(function) if isinstance(function, dict) else function
-        if (
-            call.get("type", "function") != "function"
-            or not isinstance(function, dict)
-            or not isinstance(function.get("name"), str)
-        ):
-            raise ValueError(f"a tool call needs a function with a name, not {brief(call)}")
-        known = {"id", "type", "index", "function", "name", "arguments", "content_type"}
-        if unknown := sorted(map(str, (call.keys() | function.keys()) - known)):
-            raise ValueError(f"a call of {function['name']} has {unknown[0]!r}, which is not known")
-        arguments = function.get("arguments", {})
+        inside, around = {"name", "arguments", "content_type"}, {"id", "type", "index"}
+        call = flat_function(call, inside, around, "a tool call")
+        name, arguments, key = call["name"], call.get("arguments", {}), call.get("id", "")
         if isinstance(arguments, dict):
             arguments = json.dumps(arguments, ensure_ascii=False)
-        if not isinstance(arguments, str):
+        if not isinstance(arguments, str) or not isinstance(key, str | int):
             raise ValueError(
-                f"a call of {function['name']} needs an object or text as arguments, "
-                f"not {brief(arguments)}"
+                f"a call of {name} needs an object or text as arguments, and a text as id: "
+                f"{brief(call)}"
             )
-        recipient = self.recipient(function["name"], called=True)
-        if not isinstance(call.get("id", ""), str | int):
-            raise ValueError(f"a call of {function['name']} has the id {brief(call['id'])}")
-        self.calls.append((call.get("id"), recipient, "commentary"))
-        self.answered[call.get("id")] = self.calls[-1]
-        kind = call.get("content_type", function.get("content_type", "json"))
-        self.add(
-            "assistant",
-            arguments,
-            counted,
-            recipient=recipient,
-            channel="commentary",
-            content_type=kind,
-        )
+        recipient = self.recipient(name, called=True)
+        self.calls.append((key, recipient, "commentary"))
+        self.answered[key] = self.calls[-1]
+        header = {"recipient": recipient, "channel": "commentary"}
+        header["content_type"] = call.get("content_type", "json")
+        self.add("assistant", arguments, counted, **header)
 
     def recipient(self, name, called=False):
         """harmony's name of a tool: functions are called functions.NAME."""

@@ -56,7 +56,8 @@ def find_files(source):
     try:
         mode = os.stat(source).st_mode
     except (FileNotFoundError, NotADirectoryError):
-        if HUB_NAME.fullmatch(source) and not kind_of(source.partition(":")[0]):
+        local = kind_of(source.partition(":")[0]) or os.path.isdir(source.split("/")[0])
+        if HUB_NAME.fullmatch(source) and not local:
             return find_on_hub(source)
         raise
     if stat.S_ISDIR(mode):
@@ -88,10 +89,10 @@ def find_files(source):
 
 
 def part_of(path):
-    """ "data/train-00000-of-00003.parquet" -> "train", "de/test.jsonl" -> "de/test"."""
+    """The part that a file belongs to: data/train-00000-of-00003.parquet -> train."""
     path = path.removeprefix("data/")
     stem = re.sub(rf"({'|'.join(map(re.escape, KINDS))})(\.gz|\.zst)?$", "", path, flags=re.I)
-    return re.sub(r"[-_.]\d{3,}(-of-\d+)?$|/\d{4,}$", "", stem)
+    return re.sub(r"[-_.]\d{3,}(-of-\d+(-[0-9a-f]+)?)?$|/\d{4,}$", "", stem)
 
 
 def find_on_hub(source):

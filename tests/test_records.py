@@ -452,6 +452,18 @@ BAD_RECORDS = {
         {"messages": [Q, A], "tools": [{**SKY, "examples": []}]},
         "sky has 'examples'",
     ),
+    "a key around a tool": (
+        {"messages": [Q, A], "tools": [{"type": "function", "function": SKY, "description": "x"}]},
+        "sky has 'description'",
+    ),
+    "a key around a call": (
+        {"messages": [Q, final(None, tool_calls=[{**CALL, "arguments": "{}"}])]},
+        "sky has 'arguments'",
+    ),
+    "two long reasonings": (
+        {"messages": [Q, final("A", thinking="x" * 99 + "1", reasoning="x" * 99 + "2")]},
+        "two different",
+    ),
     "tools that are no JSON": ({"messages": [Q, A], "tools": "sky()"}, "not JSON"),
     "an unknown speaker": ({"conversations": [{"from": "narrator", "value": "x"}]}, "'narrator'"),
     "a builtin tool": ({"messages": [Q, A], "builtin_tools": ["calculator"]}, "browser and python"),
@@ -569,3 +581,16 @@ def test_odd_types_end_in_one_line(record):
                 assert str(error) and "\n" not in str(error)
             else:
                 assert len(tokens) == len(counted) > 0
+
+
+def test_what_is_ignored_inside_a_record_is_told(harmony, vocabulary):
+    tool = {"type": "function", "function": {**SKY, "strict": True, "return": {"type": "string"}}}
+    part = {"type": "text", "text": "Q", "cache_control": {"type": "ephemeral"}}
+    record = {"messages": [{**user([part]), "id": "7"}, A], "tools": [tool]}
+    _, _, notes = chat.render_record(record, vocabulary)
+    assert {detail for kind, detail in notes if kind == "ignored"} == {
+        "messages[].content[].cache_control",
+        "messages[].id",
+        "tools[].return",
+        "tools[].strict",
+    }

@@ -249,6 +249,11 @@ def test_one_part_of_a_data_set_is_chosen(tmp_path, monkeypatch):
     ]
     with pytest.raises(ValueError, match="choose one .* with two/parts:de/test: de/test, train"):
         sources.find_files("two/parts")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "two").mkdir()  # so what is missing is one of our own files, and the Hub not asked
+    with pytest.raises(FileNotFoundError, match="two/parts"):
+        sources.find_files("two/parts")
+    os.rmdir(tmp_path / "two")
     with pytest.raises(ValueError, match="has no such part: de/test, train"):
         sources.find_files("two/parts:dev")
 
@@ -257,7 +262,7 @@ def test_one_part_of_a_data_set_is_chosen(tmp_path, monkeypatch):
     "path, part",
     [
         ("data/train-00000-of-00003.parquet", "train"),
-        ("data/test_sft-00000-of-00001-ab12.parquet", "test_sft-00000-of-00001-ab12"),
+        ("data/test_sft-00000-of-00001-a3ecf92756993583.parquet", "test_sft"),
         ("plain_text/train/0000.parquet", "plain_text/train"),
         ("en/train.jsonl.gz", "en/train"),
         ("train_001.jsonl", "train"),
