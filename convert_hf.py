@@ -171,7 +171,7 @@ def packed_shapes(name, shape):
 
 
 def is_matrix(name):
-    """Is it of the experts' matrices? Ours are (E, in, out), others' also (E, out, in) or packed."""
+    """Is it an expert matrix? Ours are (E, in, out), others' also (E, out, in) or packed."""
     return name.endswith(("gate_up_weight", "down_weight"))
 
 
@@ -322,7 +322,8 @@ def import_checkpoint(source, out, packed=False):
     refuse_occupied(out)
     folder = fetch(source)
     config, places, layout, mxfp4 = read_source(folder)
-    print(f"{folder}: layout {layout}, experts in {'MXFP4' if mxfp4 else 'plain floats'}")
+    whose = {HUGGING_FACE: "Hugging Face's", OPENAI: "OpenAI's"}[layout]
+    print(f"{folder}: {whose} layout, experts in {'MXFP4' if mxfp4 else 'plain floats'}")
     if packed and not mxfp4:
         raise ValueError(f"{folder}: its experts are not in MXFP4: import it without --packed")
     pairs = counterparts(config, layout, mxfp4, packed)

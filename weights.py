@@ -119,8 +119,10 @@ def read_config(path, kind):
         # OpenAI's original leaves the last two out
         missing = names - given.keys() - {"max_position_embeddings", "rms_norm_eps"}
         unknown = sorted(given.keys() - names)
-        if missing or unknown:
-            raise ValueError(f"missing fields {sorted(missing)}, unknown fields:{listed(unknown)}")
+        problems = [f"missing: {name}" for name in sorted(missing)]
+        problems += [f"unknown: {name}" for name in unknown]
+        if problems:
+            raise ValueError(f"these fields are wrong:{listed(problems)}")
         for name, value in given.items():
             positive(name, value)
         config = kind(**given)
@@ -297,7 +299,7 @@ def find_model(folder):
     (runs/NAME) or a run's model/. ValueError if it is none of these, or a run without a model yet;
     OSError if it cannot be examined."""
     folder = Path(folder)
-    if not folder.is_dir():
+    if not exists(folder) or not folder.is_dir():
         raise ValueError(
             f"{folder}: no such folder. convert_hf.py makes checkpoints/NAME, train.py makes "
             "runs/NAME"
