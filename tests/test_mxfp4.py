@@ -33,6 +33,21 @@ def test_dequantization_is_transformers_bit_by_bit():
         assert ours[0, 2, 130] == 0.5 * 2.0**3
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_gpu_packs_and_unpacks_bit_by_bit_as_a_cpu(compiled):
+    """Every byte under every scale, and random weights."""
+    blocks = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(256, 16, 16).contiguous()
+    scales = torch.arange(256, dtype=torch.uint8).view(256, 1).expand(256, 16).contiguous()
+    unpack = torch.compile(dequantize_mxfp4, fullgraph=True) if compiled else dequantize_mxfp4
+    found, expected = unpack(blocks.cuda(), scales.cuda()), dequantize_mxfp4(blocks, scales)
+    assert found.is_cuda and same_bits(found[:255].cpu(), expected[:255])
+    assert found[255].isnan().all()
+    weight = torch.randn(64, 4096, generator=torch.Generator().manual_seed(0))
+    for a, b in zip(quantize_mxfp4(weight.cuda()), quantize_mxfp4(weight)):
+        assert a.is_cuda and same_bits(a.cpu(), b)
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.binary(min_size=64, max_size=64), st.binary(min_size=4, max_size=4))
 @example(bytes([1] * 64), bytes(4))  # the smallest values there are: no scale puts them into [4, 8)
