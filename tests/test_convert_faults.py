@@ -100,6 +100,11 @@ def many_layers(folder):
     edit_config(folder, num_hidden_layers=20_000, layer_types=None)
 
 
+def many_layers_without_an_index(folder):
+    edit_tensors(folder, lambda tensors: None)  # one file
+    many_layers(folder)
+
+
 def many_tensors(folder):
     extra = {f"model.layers.0.self_attn.absmax.{i}": torch.zeros(1) for i in range(2_000)}
     edit_tensors(folder, lambda tensors: tensors.update(extra))
@@ -127,6 +132,7 @@ FAILURES = [
     (extra_copy, ["model.norm.weight is in model-00002-of-"]),
     (four_bits, ["config.json: quant_method is 'bitsandbytes'"]),
     (many_layers, ["it speaks of 20000 layers, and there are "]),
+    (many_layers_without_an_index, ["it speaks of 20000 layers, and there are "]),
     (many_tensors, ["2000 problems", "and 1990 more"]),
 ]  # fmt: skip
 
