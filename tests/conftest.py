@@ -4,9 +4,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # tests start up to eight ranks; more threads only get in each other's way
+# tests start up to eight ranks: more threads only get in each other's way
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

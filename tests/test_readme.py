@@ -5,7 +5,6 @@ CPU, with a tiny model in the place of the 20b. Commands of the other documents 
 
 import contextlib
 import importlib
-import io
 import json
 import re
 import shlex
@@ -19,7 +18,13 @@ import pytest
 import runs
 import torch
 
+import bench.__main__ as bench
+import convert_hf
+import data
+import sample
 import sp
+from bench import plots
+from loop.options import parse
 from model import GPTOSS, GPTOSSConfig, dense_attention
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,22 +83,17 @@ def commands(document):
             yield shlex.join(shlex.split(span)).replace("'", '"')
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """Where a reader of the README is, with a tiny released model and a corpus."""
-    home = tmp_path_factory.mktemp("readme")
-    shutil.copytree(ROOT / "configs", home / "configs")
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """Where a reader of the README is, with a tiny model in the folder `tiny`, and a corpus."""
+    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    GPTOSS(TINY).save_checkpoint(home / "tiny")
-    with contextlib.redirect_stdout(io.StringIO()):
-        importlib.import_module("convert_hf").main(
-            ["--export", str(home / "tiny"), "--out", str(home / "openai/gpt-oss-20b")]
-        )
+    GPTOSS(TINY).save_checkpoint("tiny")
     chat = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
     texts = [{"text": f"{number} is a number. " * 9} for number in range(60)]
-    lines = map(json.dumps, [*texts, chat])
-    (home / "corpus.jsonl").write_text("\n".join(lines))
-    return home
+    Path("corpus.jsonl").write_text("\n".join(map(json.dumps, [*texts, chat])))
+    shutil.copytree(ROOT / "configs", "configs")
+    return tmp_path
 
 
 def run(home, command, monkeypatch, capsys):
@@ -105,7 +105,6 @@ def run(home, command, monkeypatch, capsys):
     if added is None:
         return
     words += shlex.split(added)
-    monkeypatch.chdir(home)
     if program == "torchrun":
         return runs.train(home, *words[words.index("train.py") + 1 :], ranks=2)
     if words[0] == "-m":
@@ -117,37 +116,31 @@ def run(home, command, monkeypatch, capsys):
     return capsys.readouterr().out
 
 
-@pytest.fixture(scope="module")
-def said(home):
-    """What each command printed, in the README's order."""
-    return {}
-
-
-@pytest.mark.parametrize("command", dict.fromkeys(commands("README.md")))
-def test_commands_run(home, said, command, monkeypatch, capsys):
-    assert command in STAND_INS, f"`{command}` needs a stand-in in tests/test_readme.py"
-    said[command] = run(home, command, monkeypatch, capsys)
-
-
-def test_commands_did_what_the_readme_says(home, said):
-    assert (home / "checkpoints/gpt-oss-20b/config.json").exists()
-    assert (home / "data/corpus/meta.json").exists()
-    steps = [row["step"] for row in runs.metrics(home, "gptoss_64k")]
-    assert steps == [0, 1]
-    assert "model_type" in json.loads((home / "my-model/config.json").read_text())
+def test_commands_run(home, monkeypatch, capsys):
+    """All of them, in the README's order, and they do what it says."""
+    convert_hf.main(["--export", "tiny", "--out", "openai/gpt-oss-20b"])
+    said = {}
+    for command in commands("README.md"):
+        print(command)
+        said[command] = run(home, command, monkeypatch, capsys)
+    assert Path("checkpoints/gpt-oss-20b/config.json").exists()
+    assert Path("data/corpus/meta.json").exists()
+    assert [row["step"] for row in runs.metrics(home, "gptoss_64k")] == [0, 1]
+    assert "model_type" in json.loads(Path("my-model/config.json").read_text())
     (dry_run,) = (text for command, text in said.items() if "--dry_run" in command)
     assert "peak of each of 8 GPUs" in dry_run
     (table,) = (text for command, text in said.items() if "--against" in command)
     assert re.search(r"^transformers +16 ", table, re.MULTILINE)
 
 
-def test_no_stand_in_is_left_over():
+def test_each_command_has_a_stand_in():
+    """And no stand-in is left over."""
     assert set(STAND_INS) == set(commands("README.md"))
 
 
-def test_code_runs(home, monkeypatch):
-    """Its Python, in order, on the converted stand-in."""
-    monkeypatch.chdir(home)
+def test_code_runs(home):
+    """Its Python, in order."""
+    shutil.copytree("tiny", "checkpoints/gpt-oss-20b")
     names = {"sp": sp, "attention": dense_attention}
     code = [block.text for block in read("README.md")[0] if block.language == "python"]
     assert code
@@ -217,6 +210,29 @@ def test_figures_are_from_the_benchmarks():
                 assert speed in text or row["row"] == "1 x 32K", row
 
 
+def test_the_figure_shows_the_results(tmp_path, monkeypatch):
+    """It is drawn from docs/results, with each speed as a number and what they say as its title."""
+    Figure = pytest.importorskip("matplotlib.figure", reason="draws the figure").Figure
+    results = ROOT / "docs/results"
+    texts = [(results / f"{name}.json").read_text() for name in ("bench", "train")]
+    assert plots.digest(texts).encode() in (ROOT / "docs/bench.png").read_bytes()
+
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda f, *a, **k: (drawn.append(f), save(f, *a, **k)))
+    plots.plot(results / "bench.json", tmp_path / "bench.png")
+    assert plots.digest(texts).encode() in (tmp_path / "bench.png").read_bytes()
+    speed, training = drawn[0].axes
+    assert speed.get_title(loc="left").strip() == "2.3 to 2.7 times as fast as transformers"
+    assert training.get_title(loc="left").strip().endswith("up to 512K tokens")
+    for axes, text in zip((speed, training), texts):
+        written = [item.get_text() for item in axes.texts]
+        for row in json.loads(text)["rows"]:
+            if "error" not in row:
+                assert f"{row['tokens_per_second']:,}" in written
+    colours = {item.get_color() for item in (*speed.lines, *training.lines)}
+    assert colours == {plots.OURS, plots.THEIRS}
+
+
 # --------------------------------------------------------------------------------------------------
 # Commands of the other documents
 
@@ -231,12 +247,6 @@ def parsed(*arguments, **settings):
 
 @pytest.mark.parametrize("document", DOCUMENTS[1:])
 def test_commands_parse(document, monkeypatch):
-    import bench.__main__ as bench
-    import convert_hf
-    import data
-    import sample
-    from loop.options import parse
-
     for module, names in (
         (bench, ["measure"]),
         (bench.plots, ["plot"]),
