@@ -184,12 +184,11 @@ def test_files_and_links_exist(document):
 
 
 def test_files_have_the_lines_it_says():
-    rows = re.findall(r"^\| (`.+`) \| ([\d, ]+) \|", read("README.md")[1], re.MULTILINE)
-    assert len(rows) > 4
-    for names, numbers in rows:
-        for name, said in zip(re.findall(r"`([^`]+)`", names), numbers.split(","), strict=True):
-            lines = len((ROOT / name).read_text().splitlines())
-            assert lines == pytest.approx(int(said), rel=0.1), f"{name} has {lines} lines"
+    rows = re.findall(r"^\| `(.+)` \| (\d+) \|", read("README.md")[1], re.MULTILINE)
+    assert [name for name, _ in rows[:4]] == ["model.py", "sp.py", "train.py", "convert_hf.py"]
+    for name, said in rows:
+        lines = len((ROOT / name).read_text().splitlines())
+        assert lines == pytest.approx(int(said), rel=0.15), f"{name} has {lines} lines"
 
 
 def test_figures_are_from_the_benchmarks():
