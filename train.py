@@ -141,6 +141,11 @@ def gradient_norm_squared(model):
     return torch.stack(norms).double().square().sum()
 
 
+def scale_gradients_(model, factor):
+    # a function of its own: in train() the list would hold the gradients through the next step
+    torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], factor)
+
+
 def learning_rate(options, step):
     """Linear warm-up, then half a cosine from lr down to final_lr * lr."""
     if step < options.warmup_steps:
@@ -241,8 +246,7 @@ def train(options):
         # the update; or none, on all ranks alike
         if math.isfinite(loss) and math.isfinite(norm):
             if options.grad_clip and norm > options.grad_clip:
-                gradients = [p.grad for p in model.parameters() if p.grad is not None]
-                torch._foreach_mul_(gradients, options.grad_clip / norm)
+                scale_gradients_(model, options.grad_clip / norm)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()
