@@ -137,7 +137,7 @@ def ulysses(attention):
 
     The result takes q (B, S/n, H, D), k and v (B, S/n, K, D), sinks (H) or None, and returns
     (B, S/n, H, D). Further arguments pass through unchanged: a mask, for example, must describe the
-    full sequence."""
+    full sequence. Rotary positions are the caller's: see `positions` and `check_positions`."""
 
     @functools.wraps(attention)
     def parallel(q, k, v, sinks=None, *args, **kwargs):
@@ -163,6 +163,19 @@ def shard(*batch):
 def positions(s, device=None):
     """Positions of this rank's s tokens in the full sequence: (s), int64."""
     return torch.arange(rank() * s, (rank() + 1) * s, device=device)
+
+
+def check_positions(x):
+    """ValueError unless x (..., S/n) are the positions of this rank's slice. A model written for
+    one rank counts every slice from 0: its queries and keys are turned wrongly, and nothing in
+    their shapes shows it."""
+    s = 0 if x is None else x.shape[-1]
+    if not s or not (x == positions(s, x.device)).all():
+        got = "none" if not s else f"{x.min().item()} to {x.max().item()}"
+        raise ValueError(
+            f"positions of rank {rank()} of {size()}: got {got}, want sp.positions(length of the "
+            f"slice), which starts at {rank() * s}"
+        )
 
 
 def gather_sequence(x):
