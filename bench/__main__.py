@@ -4,6 +4,7 @@
     python -m bench --against=transformers   # and transformers on the same rows
     torchrun --nproc_per_node 2 -m bench     # full training steps, 16 x 4K … 1M tokens
     python -m bench --rehearse=8             # one rank of eight, 4K … 1M tokens, on one GPU
+    python -m bench --documents=512,mix      # packed documents beside plain sequences
     python -m bench --fast=false --rows=4K   # the definitions of model.py, fast twins off
     python -m bench --ablation               # what each optimisation is worth
     python -m bench --adapters               # training adapters on packed MXFP4 experts, one GPU
@@ -45,7 +46,7 @@ from bench import (
     speed,
 )
 from bench.common import GPU, TINY, K
-from bench.report import Results, length, machine, parse_rows, say
+from bench.report import Results, length, machine, parse_documents, parse_ranks, parse_rows, say
 from model import GPTOSSConfig
 
 REHEARSED = "64x4K,8x16K,8x32K,4x64K,2x128K,256K,512K,1M"  # for eight ranks
@@ -56,6 +57,7 @@ COMMANDS = {
     "train": ([], "16x4K,32K,64K,128K,256K,512K,1M", "4x32,64", 24, 2),  # see measure()
     "adapters": ([adapters.section], "", "", 24, 2),
     "rehearse": ([], REHEARSED, "8x64,4x64", 24, 2),
+    "documents": ([], "32K", "1x64", 24, 2),
     "ablation": ([ablation.section], "8K,32K", "64", 6, 2),
     "profile": ([profiling.section], "8K", "128", 24, 2),
     "accuracy": ([accuracy.section], "4K", "64", 2, 2),
@@ -105,8 +107,12 @@ OPTIONS = {  # of a measurement
 KINDS = {  # of measurements, one at a time
     "adapters": ({"action": "store_true"}, "training steps of adapters on packed experts"),
     "ablation": ({"action": "store_true"}, "a step with one optimisation off, for each"),
+    "documents": (
+        {"type": parse_documents, "metavar": "512,4096,mix"},
+        "sequences packed from documents of about these lengths, beside plain ones",
+    ),
     "rehearse": (
-        {"type": int, "metavar": "RANKS"},
+        {"type": parse_ranks, "metavar": "RANKS"},
         "full training steps as one of so many ranks, on one GPU",
     ),
     "profile": (
@@ -141,11 +147,9 @@ def refuse(parser, message):
 
 def check_ranks(options, parser):
     """Refuse rows that do not divide among the ranks."""
-    from bench.training import ranks_per_sequence
+    from bench.settings import ranks_per_sequence
 
     ranks = options.rehearse or int(os.environ["WORLD_SIZE"])
-    if ranks < 1:
-        refuse(parser, f"--rehearse={ranks}: the number of ranks, 1 or more")
     for sequences, S in options.rows:
         n = ranks_per_sequence(options, ranks, sequences)
         row = f"{sequences}x{length(S)}"
@@ -159,29 +163,31 @@ def check_ranks(options, parser):
 
 def measure(options, parser):
     deterministic, torchrun = options.deterministic == "true", "RANK" in os.environ
-    kinds = "ablation", "adapters", "profile", "accuracy", "generate", "rehearse"
-    chosen = [kind for kind in kinds if getattr(options, kind) not in (None, False)]
+    kinds = "ablation", "adapters", "profile", "accuracy", "generate", "rehearse", "documents"
+    chosen = [kind for kind in kinds if getattr(options, kind)]
     name = chosen[0] if chosen else "deterministic" if deterministic else "bench"
-    if name != "bench" and torchrun:
+    if name not in ("bench", "documents") and torchrun:
         parser.error(f"--{name} runs on one GPU, without torchrun")
     against = {"bench": "transformers", "generate": "transformers", "rehearse": "ranks"}.get(name)
     if options.against not in (None, against):
         can = f"--against={against}" if against else "nothing"
         parser.error(f"--against={options.against}: --{name} is compared with {can}")
-    name = "train" if torchrun else name
+    name = "train" if torchrun and name == "bench" else name
     sections, on_gpu, on_cpu, *layers = COMMANDS[name]
     usual = on_gpu if GPU else on_cpu
     options.rows = options.rows or (parse_rows(usual) if usual else [])
-    if name in ("train", "rehearse"):
-        from bench import rehearsal, training
+    if name in ("train", "rehearse", "documents"):  # what imports train.py
+        from bench import documents, rehearsal, training
 
-        sections = [training.section if torchrun else rehearsal.section]
-        check_ranks(options, parser)
+        sections = {"train": training, "rehearse": rehearsal, "documents": documents}
+        sections = [sections[name].section]
+        if torchrun or options.rehearse is not None:
+            check_ranks(options, parser)
     if any(S < 2 for _, S in options.rows):
         refuse(parser, "--rows: sequences have at least 2 tokens, because the last has no target")
     if options.keep_blocks is not None and options.keep_blocks < 0:
         refuse(parser, f"--keep_blocks={options.keep_blocks}: 0 or more")
-    if name not in ("train", "rehearse", "generate"):  # which take several sequences
+    if name not in ("train", "rehearse", "generate", "documents"):  # which take several sequences
         if any(sequences > 1 for sequences, _ in options.rows):
             launch = "torchrun --nproc_per_node 2 -m bench"
             parser.error(f"--rows: several sequences are for training: start it by {launch}")

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 import train
-from bench.common import DEVICE, GIB, GPU, K, attempt
+from bench.common import GPU, K, attempt
 from bench.report import length, say, say_row
+from bench.settings import fitting, ranks_per_sequence
 from bench.speed import SPEED
-from bench.training import ranks_per_sequence
 from loop import plan
 from loop.budget import flops_per_token
 from loop.options import Options
@@ -58,21 +58,7 @@ def choose(options, config, ranks, sequences, S):
         rehearse=True,
     )
     settings = plan.settings_of(row, config, ranks)
-    given = {"optimizer": options.optimizer, "keep_blocks": options.keep_blocks}
-    given["recompute"] = None if options.recompute == "auto" else options.recompute
-    given = {name: value for name, value in given.items() if value is not None}
-    choices = [
-        recomputation | {"optimizer": optimizer}
-        for optimizer in ("fp32", "split")
-        for recomputation in plan.recomputations(config.num_hidden_layers)
-        if GPU or not recomputation["offload"]
-    ]
-    # of equal choices the first; what is given and in no choice is taken as it is
-    choices = [c for c in choices if all(c[name] == given[name] for name in given)] or [given]
-    room = torch.cuda.get_device_properties(DEVICE).total_memory if GPU else 80 * GIB
-    best = plan.fastest(config, settings, plan.SHARE * room, choices) or settings | choices[-1]
-    names = "optimizer", "recompute", "keep_blocks", "offload"
-    return replace(row, **{name: best[name] for name in names})
+    return replace(row, **fitting(options, config, settings, ("fp32", "split")))
 
 
 def measure(row):

@@ -68,6 +68,20 @@ def parse_rows(text):
     return [(int(part[1] or 1), int(part[2]) * units[part[3]]) for part in parts]
 
 
+def parse_ranks(text):
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of ranks: 1 or more")
+    return int(text)
+
+
+def parse_documents(text):
+    """'512,mix' -> [512, 'mix'], lengths of documents of at least 4 tokens"""
+    parts = [part.strip() for part in text.lower().split(",")]
+    if not all(part == "mix" or (part.isdecimal() and int(part) >= 4) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list such as 512,4096,mix")
+    return [part if part == "mix" else int(part) for part in parts]
+
+
 def machine():
     """What a figure depends on besides the code: device, versions, dtype, date."""
     gpu = torch.cuda.get_device_properties(DEVICE) if GPU else None

@@ -1,7 +1,6 @@
 """Full training steps on several GPUs, as train.py makes them: FSDP2, Ulysses, clipping, the
 optimizer."""
 
-import functools
 import math
 import os
 import time
@@ -19,8 +18,9 @@ import sp
 from bench.common import DEVICE, DTYPE, GIB, GPU, LONG, K, out_of_memory, release, synchronize
 from bench.kernels import measure_matmul
 from bench.report import length, say, say_row
+from bench.settings import fitting, ranks_per_sequence
 from bench.speed import SPEED, measure_steps
-from loop.budget import estimate
+from loop import plan
 from loop.memory import HostMemory
 from loop.options import Options
 from train import all_sum, build_model, build_optimizer, gradient_norm_squared, start_ranks
@@ -57,13 +57,13 @@ def communication_share(run):
     return exposed(kernels[True], kernels[False]) / 1e6 / elapsed
 
 
-def training_step(model, optimizer, tokens, targets, count, offload):
+def training_step(model, optimizer, tokens, targets, documents, count, offload):
     """(seconds of a step, seconds of its optimizer), with gradients clipped to 1."""
     synchronize()
     dist.barrier()
     began = time.perf_counter()
     with HostMemory() if offload else nullcontext():
-        loss = model(tokens, targets, count=count)
+        loss = model(tokens, targets, documents, count=count)
     loss.backward()
     loss, square = all_sum(loss.detach(), gradient_norm_squared(model), device=DEVICE)
     if not math.isfinite(loss + square):
@@ -78,19 +78,25 @@ def training_step(model, optimizer, tokens, targets, count, offload):
     return time.perf_counter() - began, time.perf_counter() - middle
 
 
-def measure_training(config, model, optimizer, row):
-    """What to add to a row. Its peak memory is that of the rank with the most."""
+def measure_training(config, model, optimizer, row, documents=None):
+    """What to add to a row, whose sequences may be packed: documents (S). Its peak memory is that
+    of the rank with the most."""
     ranks, S, in_optimizer = dist.get_world_size(), row["sequence"], []
     release()
     shape = ranks // row["sp"], row["sp"]
     sp.init(init_device_mesh(DEVICE.type, shape, mesh_dim_names=("batch", "sp"))["sp"])
     generator = torch.Generator().manual_seed(dist.get_rank() // row["sp"])
     whole = torch.randint(config.vocab_size, (2, row["micro_batch"], S), generator=generator)
-    tokens, targets = (x.to(DEVICE) for x in sp.shard(*whole))
+    if documents is not None:
+        documents = documents.expand(row["micro_batch"], -1)
+    tokens, targets, documents = (
+        x if x is None else x.to(DEVICE).contiguous() for x in sp.shard(*whole, documents)
+    )
     count = torch.tensor(row["tokens"], device=DEVICE)
 
     def run():
-        elapsed, part = training_step(model, optimizer, tokens, targets, count, row["offload"])
+        batch = tokens, targets, documents, count
+        elapsed, part = training_step(model, optimizer, *batch, row["offload"])
         in_optimizer.append(part)
         return elapsed
 
@@ -102,23 +108,6 @@ def measure_training(config, model, optimizer, row):
         found["peak_gib"] = peak.item()
         found["communication"] = communication_share(run) if S <= LONG else None
     return found
-
-
-def ranks_per_sequence(options, ranks, sequences):
-    """--sp, or as many ranks as there are for each sequence."""
-    return max(1, ranks // sequences) if options.sp is None else options.sp
-
-
-def least_recomputation(options, layers, needs):
-    """The settings that recompute least and, by needs(**settings) in bytes, leave a twelfth of the
-    GPU free. What was given on the command line stays, whether it fits or not."""
-    room = 11 / 12 * torch.cuda.get_device_properties(DEVICE).total_memory if GPU else math.inf
-    modes = ["attention", "all"] if options.recompute == "auto" else [options.recompute]
-    blocks = range(layers, -1, -1) if options.keep_blocks is None else [options.keep_blocks]
-    choices = [{"recompute": modes[0], "keep_blocks": n, "offload": False} for n in blocks]
-    if not options.keep_blocks and options.recompute != "none":
-        choices += [{"recompute": mode, "keep_blocks": 0, "offload": GPU} for mode in modes]
-    return next((choice for choice in choices if needs(**choice) <= room), choices[-1])
 
 
 COLUMNS = [
@@ -138,7 +127,34 @@ COLUMNS = [
 ]
 
 
-def section(options, config, results):
+def row_of(options, config, parameters, ranks, sequences, S):
+    """The settings of a row of the table, and the memory they need by the dry run's arithmetic."""
+    sp = ranks_per_sequence(options, ranks, sequences)
+    micro_batch = max(1, sequences * sp // ranks)
+    sequences = micro_batch * ranks // sp
+    settings = {
+        "parameters": parameters,
+        "ranks": ranks,
+        "sp": sp,
+        "replicas": 1,
+        "seq_len": S,
+        "micro_batch": micro_batch,
+        "micro_batches": 1,
+    }
+    found = fitting(options, config, settings, (options.optimizer,))
+    return {
+        "row": f"{sequences} x {length(S)}",
+        "sequence": S,
+        "tokens": sequences * S,
+        "sp": sp,
+        "micro_batch": micro_batch,
+        **found,
+        "estimate_gib": plan.peak(config, settings | found) / GIB,
+    }
+
+
+def start(options, config, results):
+    """(config, model, optimizer, rate of a matmul in TFLOP/s) on all ranks of torchrun."""
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     ranks, config = int(os.environ["WORLD_SIZE"]), replace(config, max_position_embeddings=K * K)
     options.optimizer = options.optimizer or "split"
@@ -148,45 +164,32 @@ def section(options, config, results):
     model = build_model(settings, config, device, mesh, DTYPE)
     optimizer = build_optimizer(settings, model)
     results.save(ranks=ranks, optimizer=options.optimizer, matmul=ceiling)
-    peak = functools.partial(
-        estimate,
-        config,
-        parameters=sum(p.numel() for p in model.parameters()),
-        ranks=ranks,
-        replicas=1,
-        optimizer=options.optimizer,
-    )
+    return config, model, optimizer, ceiling
+
+
+def run_row(options, config, model, optimizer, results, sequences, S, documents=None):
+    """A row of the table. If a rank is out of memory it ends, and with it the table."""
+    parameters, ranks = sum(p.numel() for p in model.parameters()), dist.get_world_size()
+    row = row_of(options, config, parameters, ranks, sequences, S)
+    model.recompute, model.keep_blocks = row["recompute"], row["keep_blocks"]
+    try:
+        return row | measure_training(config, model, optimizer, row, documents)
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        leave(results, row)
+
+
+def section(options, config, results):
+    config, model, optimizer, ceiling = start(options, config, results)
+    ranks = dist.get_world_size()
     say(f"\nFull training steps on {ranks} ranks, optimizer {options.optimizer}; speeds of one GPU")
     say(f"of matmul: of {ceiling:.4g} TFLOP/s")
     say("communication: a profiled step's share in which only NCCL's kernels run")
     say_row(COLUMNS)
     for sequences, S in options.rows:
-        n = ranks_per_sequence(options, ranks, sequences)
-        micro_batch = max(1, sequences * n // ranks)
-
-        def needs(seq_len=S, sp=n, micro_batch=micro_batch, **settings):
-            found = peak(seq_len=seq_len, sp=sp, micro_batch=micro_batch, **settings)
-            return sum(found.values())
-
-        settings = least_recomputation(options, config.num_hidden_layers, needs)
-        model.recompute, model.keep_blocks = settings["recompute"], settings["keep_blocks"]
-        sequences = micro_batch * ranks // n
-        row = {
-            "row": f"{sequences} x {length(S)}",
-            "sequence": S,
-            "tokens": sequences * S,
-            "sp": n,
-            "micro_batch": micro_batch,
-            **settings,
-            "estimate_gib": needs(**settings) / GIB,
-        }
-        try:
-            row |= measure_training(config, model, optimizer, row)
-            row["share_of_matmul"] = row["tflops"] / ceiling
-        except Exception as error:
-            if not out_of_memory(error):
-                raise
-            leave(results, row)
+        row = run_row(options, config, model, optimizer, results, sequences, S)
+        row["share_of_matmul"] = row["tflops"] / ceiling
         results.add("rows", row)
         say_row(COLUMNS, row)
     dist.destroy_process_group()

@@ -24,7 +24,7 @@ from loop.options import check_ranks, model_config
 
 SETTINGS = "sp", "replicas", "seq_len", "micro_batch"
 SETTINGS += "optimizer", "recompute", "keep_blocks", "offload"
-SHARE = 0.95  # of a GPU's memory that a plan may use: CUDA and NCCL take some, arithmetic errs
+SHARE = 0.93  # of a GPU's memory that a plan may use: CUDA and NCCL take some, arithmetic errs
 
 
 def settings_of(options, config, ranks):

@@ -21,9 +21,11 @@ from bench import (
 from bench import (
     accuracy,
     determinism,
+    documents,
     kernels,
     profiling,
     report,
+    settings,
     speed,
     training,
 )
@@ -283,53 +285,45 @@ def test_training_on_two_ranks(tmp_path):
         )
         assert row["share_of_matmul"] == pytest.approx(row["tflops"] / results["matmul"])
         assert 0 < row["optimizer_seconds"] < row["seconds"]
-        assert (row["recompute"], row["keep_blocks"], row["offload"]) == ("attention", 1, False), (
-            "there is room for all"
-        )
+        found = row["recompute"], row["keep_blocks"], row["offload"]
+        assert found == ("none", 0, False), "there is room for all"
 
 
-@pytest.mark.parametrize(
-    "needs, chosen",
-    [
-        ({}, ("attention", 3, False)),
-        ({"keep_blocks": 30}, ("attention", 1, False)),
-        ({"keep_blocks": 60}, ("attention", 0, False)),
-        ({"keep_blocks": 30, "attention": 60}, ("attention", 0, True)),
-        ({"keep_blocks": 30, "attention": 80}, ("all", 0, True)),
-        ({"all": 200}, ("all", 0, True)),
-    ],
-)
-def test_least_recomputation(needs, chosen, monkeypatch):
-    """The first that leaves a twelfth of 100 bytes; if none does, the smallest."""
+SETTINGS = {"parameters": 20_914_757_184, "ranks": 8, "sp": 1, "replicas": 1, "seq_len": 32768}
+SETTINGS |= {"micro_batch": 1, "micro_batches": 1}
 
-    def peak(recompute, keep_blocks, offload):
-        return (
-            20
-            + needs.get("keep_blocks", 0) * keep_blocks
-            + needs.get(recompute, 0)
-            + needs.get("all", 0)
-            + 20 * (not offload)
-        )
 
-    monkeypatch.setattr(training, "GPU", True)
-    monkeypatch.setattr(
-        torch.cuda,
-        "get_device_properties",
-        lambda device: types.SimpleNamespace(total_memory=100),
-    )
-    found = training.least_recomputation(
-        types.SimpleNamespace(recompute="auto", keep_blocks=None), 3, peak
-    )
-    assert tuple(found.values()) == chosen
-    for given in (
-        ("all", 1),
-        ("none", None),
-        ("none", 0),
-        ("attention", 2),
-    ):  # too large, and left as it is
-        options = types.SimpleNamespace(**dict(zip(("recompute", "keep_blocks"), given)))
-        found = training.least_recomputation(options, 3, lambda **settings: 1000)
-        assert tuple(found.values()) == (given[0], given[1] or 0, False)
+def fitting(gib, monkeypatch, recompute="auto", keep_blocks=None, optimizer=None):
+    """As a GPU of `gib` GiB: (optimizer, recompute, kept blocks, offload)."""
+    monkeypatch.setattr(settings, "GPU", True)
+    properties = types.SimpleNamespace(total_memory=gib * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    given = {"recompute": recompute, "keep_blocks": keep_blocks, "optimizer": optimizer}
+    options = types.SimpleNamespace(**given)
+    found = settings.fitting(options, GPTOSSConfig(), SETTINGS, ("fp32", "split"))
+    return tuple(found.values())
+
+
+def test_settings_are_the_fastest_that_fit(monkeypatch):
+    """The larger the GPU the less is recomputed; too small a GPU gets the settings that need
+    least."""
+    assert fitting(500, monkeypatch) == ("fp32", "none", 0, False)
+    kept = []
+    for gib in (75, 80, 90):
+        optimizer, recompute, blocks, offload = fitting(gib, monkeypatch)
+        assert (recompute, offload) == ("attention", False)
+        kept.append(blocks)
+    assert 0 <= kept[0] < kept[1] < kept[2] < 24
+    assert fitting(10, monkeypatch)[:2] == ("split", "all")
+
+
+def test_settings_that_are_given_stay(monkeypatch):
+    """Also where they do not fit, and where the search would not try them."""
+    assert fitting(500, monkeypatch, optimizer="split")[0] == "split"
+    assert fitting(10, monkeypatch, "none") == ("split", "none", 0, False)
+    assert fitting(10, monkeypatch, "attention", 2)[1:] == ("attention", 2, False)
+    assert fitting(500, monkeypatch, keep_blocks=3)[1:] == ("attention", 3, False)
+    assert fitting(500, monkeypatch, "none", 7, "bf16") == ("bf16", "none", 7, False)
 
 
 @cpu_only
@@ -445,6 +439,8 @@ def test_accuracy(dtype, run, monkeypatch):
         (["--rehearse=2", "--against=transformers"], "--rehearse is compared with --against=ranks"),
         (["--accuracy", "--rows=1"], "at least 2 tokens"),
         (["--rows=2x4K"], "start it by torchrun"),
+        (["--documents=512,all"], "'512,all' is no list such as 512,4096,mix"),
+        (["--rehearse=0"], "'0' is no number of ranks: 1 or more"),
         (["--profile", "--accuracy"], "not allowed with"),
         (["--plot", "--out=nowhere"], "nowhere/bench.json does not exist: run `python -m bench`"),
     ],
@@ -472,3 +468,63 @@ def test_wrong_options_under_torchrun(arguments, message, monkeypatch, capsys):
         with pytest.raises(SystemExit) as stop:
             bench.main(arguments)
         assert stop.value.code == 2 and (message in capsys.readouterr().err) == (rank == "0")
+
+
+# --------------------------------------------------------------------------------------------------
+# Packed documents
+
+
+@pytest.mark.parametrize("kind", [8, 100, "mix"])
+@pytest.mark.parametrize("S", [4096, 4097])
+def test_documents_fill_a_sequence(kind, S):
+    """Of each typical length as many tokens as its share; single lengths within a tenth, but for
+    the last of each, which takes what is left over."""
+    shares, found = documents.shares(kind, S), documents.lengths(kind, S)
+    assert sum(shares.values()) == pytest.approx(1) and sum(found) == S and min(found) > 0
+    assert documents.lengths(kind, S) == found, "drawn from a named distribution, not anew"
+    assert sorted(found) != found, "in no order"
+    within = [any(0.9 * n - 1 <= x <= 1.1 * n + 1 for n in shares) for x in found]
+    assert within.count(False) <= len(shares)
+    if kind == "mix":
+        assert max(found) == pytest.approx(S / 2, rel=0.11)
+        assert sum(x for x in found if x < S / 4) == pytest.approx(S / 2, rel=0.1)
+    assert documents.numbers([3, 2]).tolist() == [0, 0, 0, 1, 1]
+
+
+@cpu_only
+def test_packed_documents_beside_plain_sequences(run):
+    printed, results = run("--documents=8,mix", "--rows=2x64", "--layers=1", name="documents")
+    rows = {(row["documents"], row["row"]): row for row in results["rows"]}
+    plain = [("none", f"{n} x {S}") for n, S in ((2, 64), (32, 4), (16, 8), (8, 16), (4, 32))]
+    assert set(rows) == {*plain, ("octaves of 8", "2 x 64"), ("mix", "2 x 64")}
+    assert all("error" not in row for row in rows.values())
+    apart = sum(rows[key]["seconds"] for key in plain[1:4]) / 3
+    slower = rows["octaves of 8", "2 x 64"]["seconds"] / apart - 1
+    assert rows["octaves of 8", "2 x 64"]["slower"] == pytest.approx(slower)
+    apart = (rows["none", "4 x 32"]["seconds"] + rows["none", "8 x 16"]["seconds"]) / 2
+    assert rows["mix", "2 x 64"]["slower"] == pytest.approx(
+        rows["mix", "2 x 64"]["seconds"] / apart - 1
+    )
+    config, mix = replace(TINY, num_hidden_layers=1), documents.lengths("mix", 64)
+    flops = 2 * sum(n * flops_per_token(config, n) for n in mix)
+    found = rows["mix", "2 x 64"]
+    assert found["tflops"] == pytest.approx(flops / found["seconds"] / 1e12)
+
+
+def test_packed_documents_on_two_ranks(tmp_path):
+    """Whole training steps, the packed sequence shared by both ranks."""
+    arguments = [f"--out={tmp_path}", "--documents=mix", "--rows=64", "--layers=1"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "bench"]
+    done = subprocess.run(
+        [*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "documents.json").read_text())["rows"]
+    assert [(row["documents"], row["row"], row["sp"]) for row in rows] == [
+        ("none", "1 x 64", 2),
+        ("none", "2 x 32", 1),
+        ("none", "4 x 16", 1),
+        ("mix", "1 x 64", 2),
+    ]
+    assert len({(row["recompute"], row["keep_blocks"]) for row in rows}) == 1
+    assert done.stdout.count("mix") == 1, "the first rank alone prints"

@@ -119,12 +119,12 @@ def peaks_of(text):
 def test_verdict_of_a_run_that_fits():
     left, text = lines(80)
     assert text[0] == f"fits a GPU of 80 GiB: {left:.0f} GiB left" and left > 4
-    assert all(peak <= 76 for peak in peaks_of(text)) and len(peaks_of(text)) == 3
+    assert all(peak <= 0.93 * 80 for peak in peaks_of(text)) and len(peaks_of(text)) == 3
 
 
 def test_verdict_of_a_run_that_nearly_fits():
     left, text = lines(66)
-    assert 0 < left < 0.05 * 66
+    assert 0 < left < 0.07 * 66
     assert text[0] == f"does not fit a GPU of 66 GiB: {left:.0f} GiB left for CUDA and NCCL"
     assert peaks_of(text), "but others do"
 
@@ -135,11 +135,11 @@ def test_verdict_where_nothing_fits():
     assert text[0] == f"does not fit a GPU of 24 GiB: {-left:.0f} GiB too much"
     assert text[1] == "no settings fit 8 GPUs at batch_size=1"
     gpus = int(re.match(r"(\d+) GPUs", text[2])[1])
-    assert gpus > 8 and peaks_of(text)[0] <= 0.95 * 24
+    assert gpus > 8 and peaks_of(text)[0] <= 0.93 * 24
     half = parse(["configs/gptoss_1m.py", "--checkpoint=", f"--batch_size={gpus // 2}"], "")
     config = plan.model_config(half)
     settings = plan.settings_of(half, config, 8) | {"ranks": gpus // 2}
-    assert not plan.search(half, config, settings, 0.95 * 24 * GIB)
+    assert not plan.search(half, config, settings, 0.93 * 24 * GIB)
     assert "lora.py" in text[-1]
 
 
