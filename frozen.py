@@ -10,6 +10,8 @@ in shapes.
 """
 
 import functools
+import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -237,7 +239,7 @@ class FrozenExperts(Experts):
         B is scaled. Ranks are padded with zeros to a multiple of 8, because grouped matmuls need
         rows of a multiple of 16 bytes."""
         if hasattr(self, f"{name}_weight_blocks"):
-            frozen = tuple(getattr(self, f"{name}_weight_{part}") for part in ("blocks", "scales"))
+            frozen = self.packed(name)
         else:
             frozen = getattr(self, f"{name}_weight"), None
         if not hasattr(self, f"{name}_lora_a"):
@@ -246,9 +248,23 @@ class FrozenExperts(Experts):
         padding = -a.shape[-1] % 8
         return *frozen, F.pad(a, (0, padding)), F.pad(b, (0, 0, 0, padding))
 
+    def packed(self, name):
+        """The blocks (E, out, in/32, 16) and scales (E, out, in/32) of a matrix, whatever the dtype
+        that carries them."""
+        blocks, scales = (
+            getattr(self, f"{name}_weight_{part}").view(torch.uint8)
+            for part in ("blocks", "scales")
+        )
+        outputs = getattr(self, f"{name}_bias").shape[1]
+        scales = scales.view(len(scales), outputs, -1)
+        return blocks.view(*scales.shape, -1), scales
 
-def pack(model):
-    """Give a model on the meta device room for packed experts in place of unpacked ones."""
+
+def pack(model, carrier=torch.uint8):
+    """Give a model on the meta device room for packed experts in place of unpacked ones.
+
+    FSDP of PyTorch 2.11 can shard floats only, and casts those that have not the dtype it computes
+    in. For FSDP the bytes are carried in parameters (E, n) of that dtype, which it only moves."""
     for block in model.blocks:
         block.mlp.__class__ = FrozenExperts
         for name in MATRICES:
@@ -260,8 +276,25 @@ def pack(model):
                     f"{GROUP}: choose frozen=bf16"
                 )
             delattr(block.mlp, f"{name}_weight")
-            shape = E, outputs, inputs // GROUP
-            for part, size in ("blocks", (*shape, GROUP // 2)), ("scales", shape):
-                packed = torch.empty(size, dtype=torch.uint8, device=weight.device)
+            for part, shape in packed_shapes(E, outputs, inputs).items():
+                if carrier != torch.uint8:
+                    shape = E, math.prod(shape[1:]) // carrier.itemsize
+                packed = torch.empty(shape, dtype=carrier, device=weight.device)
                 setattr(block.mlp, f"{name}_weight_{part}", nn.Parameter(packed, False))
     return model
+
+
+def packed_shapes(E, outputs, inputs):
+    groups = E, outputs, inputs // GROUP
+    return {"blocks": (*groups, GROUP // 2), "scales": groups}
+
+
+@dataclass(frozen=True)
+class Carried:
+    """A packed tensor in a folder, as shards.Place, in the dtype that carries it."""
+
+    place: object
+    dtype: torch.dtype
+
+    def __getitem__(self, entries):
+        return self.place[entries].flatten(1).view(self.dtype)

@@ -24,13 +24,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 
 from folders import Aside, exists
-from frozen import MATRICES, FrozenExperts, pack
+from frozen import MATRICES, Carried, FrozenExperts, pack, packed_shapes
 from model import GPTOSS, GPTOSSConfig, Router, wide
 from mxfp4 import unpacked
 from shards import check_places, read_header, read_json, read_places, weight_files
-from weights import ADAPTERS, copy_rows, fill, first_rank, stored_dtype
+from weights import ADAPTERS, copy_rows, first_rank, open_weights, stored_dtype
 
 # --------------------------------------------------------------------------------------------------
 # Layers with adapters
@@ -220,7 +221,7 @@ def from_checkpoint(folder, device="cpu", dtype=None, recompute="none"):
     if settings:
         attach_saved(model, settings)
     model.to_empty(device=device)
-    fill(base(model), source)
+    fill_base(model, source)
     if settings:
         load_adapters(model, folder)
     return model
@@ -259,6 +260,107 @@ def save_adapters(model, folder, settings, write_config):
             (aside / TENSORS).write_bytes(safetensors.torch.save(tensors))
             (aside / ADAPTERS).write_text(json.dumps(settings, indent=2) + "\n")
             write_config(aside / "config.json")
+
+
+# --------------------------------------------------------------------------------------------------
+# What train.py asks for
+
+
+def check_run(options, config):
+    """ValueError if train.py cannot train the adapters that `options` describe on the weights in
+    options.checkpoint."""
+    folder = options.checkpoint
+    if exists(Path(folder) / ADAPTERS):
+        raise ValueError(
+            f"checkpoint={folder} holds adapters: merge them by `python convert_hf.py --export "
+            f"{folder}` and import that, or --resume the run that made them"
+        )
+    with torch.device("meta"):
+        model = GPTOSS(config)
+    adapt_as(options, model, None)
+    if options.frozen == "mxfp4" and not is_packed(folder):
+        raise ValueError(
+            f"frozen=mxfp4: {folder} holds unpacked experts. convert_hf.py --packed keeps those of "
+            "a released model as they are; --frozen=bf16 trains on these"
+        )
+    open_base(model, folder)
+
+
+def adapt_as(options, model, dtype):
+    """Pack and adapt a model on the meta device; `dtype` is the adapters'."""
+    if options.frozen == "mxfp4":
+        # FSDP's sharded parameters need a dtype that it leaves alone
+        pack(model, model.embedding.weight.dtype if options.shard_frozen else torch.uint8)
+    given = {name: getattr(options, f"lora_{name}") for name in SETTINGS}
+    return adapt(model, **given, dtype=dtype)
+
+
+@torch.no_grad()
+def load_base(model, folder, seed):
+    """Fill a model's base from a checkpoint folder, or without one at random, and start new
+    adapters."""
+    if folder:
+        fill_base(model, folder)
+    else:
+        model.init_weights(seed)
+        for name, p in base(model).items():
+            local = p.to_local() if isinstance(p, DTensor) else p
+            if name.endswith("_blocks"):
+                local.view(torch.uint8).random_(256)
+            elif name.endswith("_scales"):
+                local.view(torch.uint8).fill_(119)  # values up to 6 / 256
+    init_adapters(model, seed)
+
+
+@torch.no_grad()
+def fill_base(model, folder):
+    """weights.load_weights of everything but the adapters."""
+    disable = None if first_rank() else True  # None: shown on a terminal only
+    places, wanted = open_base(model, folder), base(model)
+    for name, parameter in tqdm(wanted.items(), f"loading {folder}", disable=disable):
+        copy_rows(parameter, places[name])
+
+
+def open_base(model, folder):
+    """weights.open_weights of everything but the adapters, whatever dtype carries what is
+    packed."""
+    config, wanted, shapes = model.config, base(model), {}
+    E, C, F = config.num_experts, config.hidden_size, config.intermediate_size
+    sizes = {"gate_up": (E, 2 * F, C), "down": (E, C, F)}
+    for name, parameter in wanted.items():
+        matrix, _, part = name.rpartition(".")[2].rpartition("_weight_")
+        shape = packed_shapes(*sizes[matrix])[part] if matrix in sizes else parameter.shape
+        shapes[name] = torch.empty(shape, device="meta")
+    places = open_weights(shapes, folder)
+    carried = {name: p.dtype for name, p in wanted.items() if p.shape != shapes[name].shape}
+    return places | {name: Carried(places[name], dtype) for name, dtype in carried.items()}
+
+
+def settings_of(options):
+    """adapters.json of a run."""
+    given = {name: getattr(options, f"lora_{name}") for name in SETTINGS}
+    folder = options.checkpoint
+    return given | {"base": folder, "identity": identity(folder) if folder else ""}
+
+
+def describe(options, model):
+    """What is trained and what is not, in words."""
+    held = sum(p.numel() * p.element_size() for p in base(model).values())
+    packed = "experts packed in MXFP4" if options.frozen == "mxfp4" else "in bf16"
+    where = "shared among the ranks" if options.shard_frozen else "on each rank"
+    layers = f" in layers {options.lora_layers}" if options.lora_layers else ""
+    return (
+        f"adapters of rank {options.lora_rank} on {options.lora_targets}{layers}, "
+        f"frozen weights {held / 2**30:.1f} GiB {where}, {packed}"
+    )
+
+
+def identity_of(options):
+    """What may not change when a run of adapters is resumed; {} for a run without."""
+    if not options.lora_rank:
+        return {}
+    return {f"lora_{name}" if name in SETTINGS else name: value
+            for name, value in settings_of(options).items() if name != "base"}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -397,15 +397,11 @@ def open_weights(wanted, folder):
     return places
 
 
+@torch.no_grad()
 def load_weights(model, folder):
     """Fill a model from a checkpoint folder, with open_weights's errors, and OSError for what
     cannot be read. Each rank reads only what its shard holds."""
-    fill(dict(model.named_parameters()), folder)
-
-
-@torch.no_grad()
-def fill(wanted, folder):
-    """load_weights, for a model's {name: parameter}, all of those that the folder has."""
+    wanted = dict(model.named_parameters())
     places = open_weights(wanted, folder)
     disable = None if first_rank() else True  # None: shown on a terminal only
     for name, parameter in tqdm(wanted.items(), f"loading {folder}", disable=disable):
