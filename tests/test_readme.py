@@ -24,6 +24,7 @@ import data
 import sample
 import sp
 from bench import plots
+from examples.transformers_ulysses import parallelize
 from loop.options import parse
 from model import GPTOSS, GPTOSSConfig, dense_attention
 
@@ -141,13 +142,22 @@ def test_each_command_has_a_stand_in():
 def test_code_runs(home):
     """Its Python, in order."""
     shutil.copytree("tiny", "checkpoints/gpt-oss-20b")
-    names = {"sp": sp, "attention": dense_attention}
+    transformers = pytest.importorskip("transformers", reason="the README wraps its model")
+    convert_hf.main(["--export", "tiny", "--out", "my-model"])
+    theirs = transformers.GptOssForCausalLM.from_pretrained("my-model")
+    text = torch.randint(TINY.vocab_size, (2, 17))
+    names = {"sp": sp, "attention": dense_attention, "parallelize": parallelize, "theirs": theirs}
+    names |= {"tokens": text[:, :-1], "targets": text[:, 1:].contiguous()}
+    names |= {"count": torch.tensor(names["targets"].numel())}
+    expected = GPTOSS.from_checkpoint("tiny")(names["tokens"], names["targets"])
     code = [block.text for block in read("README.md")[0] if block.language == "python"]
     assert code
     for text in code:
         for there, here in CODE.items():
             text = text.replace(there, here)
         exec(compile(text, "README.md", "exec"), names)
+        if "parallelize" in text:
+            torch.testing.assert_close(names["loss"], expected, atol=1e-5, rtol=0)
     assert names["attention"] is not dense_attention
     assert names["logits"].shape == (1, 8, 257) and names["loss"].isfinite()
     assert names["logp"].shape == names["entropy"].shape == (2, 64)
