@@ -150,3 +150,13 @@ def test_the_dry_run_says_it_where_a_gpu_is_named(monkeypatch, capsys):
     assert "GPU of" not in capsys.readouterr().out
     plan.dry_run(Options(batch_size=2, gpu_gib=500.0))
     assert "fits a GPU of 500 GiB" in capsys.readouterr().out
+
+
+def test_a_checkpoint_may_be_given_more_positions(tmp_path):
+    """All other sizes are the checkpoint's own."""
+    tiny_config().to_json(tmp_path / "config.json")
+    assert plan.model_config(Options(checkpoint=str(tmp_path))) == tiny_config()
+    longer = Options(checkpoint=str(tmp_path), max_position_embeddings=2**20)
+    assert plan.model_config(longer) == tiny_config(max_position_embeddings=2**20)
+    with pytest.raises(ValueError, match="brings its own sizes"):
+        plan.model_config(Options(checkpoint=str(tmp_path), hidden_size=64))
