@@ -48,7 +48,7 @@ def peak(config, settings):
 
 # FLOP/s of matmuls and of attention as parts of a step on an H100, and seconds of a micro-batch per
 # parameter that do not depend on its tokens: fitted to eleven rehearsed runs of the 20b as one of
-# eight (4K to 256K tokens, docs/LOG.md), which they repeat within 2.5 %.
+# eight (4K to 256K tokens, docs/benchmarks.md), which they repeat within 2.5 %.
 MATMUL, ATTENTION, PER_PARAMETER = 508e12, 418e12, 0.37 / 20.9e9
 WINDOW = 5  # how much slower than full attention's FLOPs those of windows are
 
