@@ -30,10 +30,15 @@ EXPERT_TOKENS = 32 * 1024  # tokens per tile of the experts: 7 GiB of working me
 FEW_TOKENS = 2  # up to which generation reads each token's experts by itself
 
 
+def is_small(gib):
+    """Whether a GPU with `gib` GiB trades some speed for memory."""
+    return gib < 40
+
+
 def tile_sizes(gib):
-    """(EXPERT_TOKENS, LOSS_TOKENS) for a GPU with `gib` GiB. Small cards trade some speed for
-    memory: the tiles of the 20b then work in 0.9 and 0.4 GiB."""
-    return (4096, 2048) if gib < 40 else (32 * 1024, 2048)
+    """(EXPERT_TOKENS, LOSS_TOKENS) for a GPU with `gib` GiB. On a small one the tiles of the 20b's
+    experts work in 0.9 GiB."""
+    return (4096, 2048) if is_small(gib) else (32 * 1024, 2048)
 
 
 def fit_tiles(gib):

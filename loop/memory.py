@@ -138,7 +138,7 @@ class ReduceScatter:
 
     def makes_the_gradient(self):
         """False if the output is added to the gradient of earlier micro-batches, and soon freed."""
-        return next(self.module.parameters()).grad is None
+        return next(p for p in self.module.parameters() if p.requires_grad).grad is None
 
     def allocate(self, size, *, dtype, device):
         with torch.cuda.stream(self.stream if self.makes_the_gradient() else None):
@@ -164,6 +164,10 @@ class ReduceScatter:
 # Layer inputs in host memory
 
 
+# Whether a block's input is fetched while the block after it runs its backward. Without that a GPU
+# holds one input less and waits for each: by arithmetic, at 50 GB/s, 3 % of a step of the 20b at
+# 32K tokens and 1.5 % at 128K.
+AHEAD = True
 # Elements copied at a time. PyTorch rounds pinned memory up to a power of two; this is one.
 PIECE = 4 * 2**20
 
@@ -206,7 +210,8 @@ class HostMemory(saved_tensors_hooks):
             torch.cuda.current_stream().wait_stream(self.stream)
             self.leaving.clear()
         self.fetch(saved)
-        self.fetch(saved - 1)  # the backward needs it next
+        if AHEAD:
+            self.fetch(saved - 1)  # the backward needs it next
         x, arrived = self.back.pop(saved)
         torch.cuda.current_stream().wait_event(arrived)
         self.host[saved] = None

@@ -6,6 +6,7 @@ Sizes are multiples of 32, which MXFP4 needs, and no two are equal."""
 import json
 import warnings
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ import frozen
 import lora
 from convert_hf import HUGGING_FACE, counterparts
 from frozen import FrozenExperts, pack
+from loop import memory
 from lora import adapt
 from model import GPTOSS, GPTOSSConfig
 from mxfp4 import dequantize_mxfp4
@@ -326,6 +328,13 @@ def test_few_tokens_unpack_few_experts(monkeypatch):
     assert set(sizes) == {CONFIG.experts_per_token}
 
 
+def test_an_embedding_on_the_host_is_the_same():
+    model = noisy_adapters(adapt(noise_(GPTOSS(CONFIG)), 3, 6.0))
+    expected = step(model)
+    lora.embed_on_host(model)
+    assert_all_close(step(model), expected, 0)
+
+
 @pytest.mark.parametrize("changes, message", [
     ({"rank": 0}, "lora_rank=0: qkv is a matrix 64 x 96, so its adapters can have ranks 1 to 64"),
     ({"rank": 33, "targets": "experts"}, "lora_rank=33: down is a matrix 32 x 64"),
@@ -537,6 +546,26 @@ def test_frozen_experts_on_a_gpu(case, tile, dtype, monkeypatch):
     for what in truth:
         ours, theirs = relative(actual[what], truth[what]), relative(plain[what], truth[what])
         assert ours <= max(2 * theirs, 1e-5), f"{what}: {ours:.1e}, the definition {theirs:.1e}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ahead", [False, True])
+def test_offload_on_a_gpu(ahead, monkeypatch):
+    """Block inputs and the embedding in host memory: the same gradients, bitwise."""
+    monkeypatch.setattr(memory, "AHEAD", ahead)
+    model = adapt(noise_(GPTOSS(CONFIG, "all").cuda()).bfloat16(), 8, 16.0, "attention")
+    tokens, expected = [x.cuda() for x in batch(CONFIG, 2, 64)], None
+    noisy_adapters(model)
+    for place in nullcontext, memory.HostMemory:
+        with place():
+            loss = model(*tokens)
+        loss.backward()
+        found = {name: p.grad.clone() for name, p in lora.adapters(model).items()}
+        assert expected is None or all(torch.equal(found[n], expected[n]) for n in found)
+        expected = found
+        model.zero_grad()
+        lora.embed_on_host(model)
+        assert not model.embedding.weight.is_cuda
 
 
 @pytest.mark.gpu
