@@ -136,7 +136,10 @@ def as_transformers_reads(given):
     config = transformers.GptOssConfig.from_dict(json.loads(json.dumps(given)))
     rope_type = config.rope_parameters["rope_type"]
     frequencies, temperature = ROPE_INIT_FUNCTIONS[rope_type](config, "cpu")
-    meaning = {name: getattr(config, name) for name in (*weights.READ, *weights.FIXED)}
+    # an older transformers computes with the value of a key that it does not have yet
+    older = {"swiglu_alpha": 1.702, "swiglu_limit": 7.0}
+    names = (*weights.READ, *weights.FIXED)
+    meaning = {name: getattr(config, name, older.get(name)) for name in names}
     meaning |= {"layer_types": config.layer_types, "rope_type": rope_type}
     return meaning | {"frequencies": frequencies.tolist(), "temperature": temperature}
 
