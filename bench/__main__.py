@@ -105,7 +105,10 @@ OPTIONS = {  # of a measurement
     ),
 }
 KINDS = {  # of measurements, one at a time
-    "adapters": ({"action": "store_true"}, "training steps of adapters on packed experts"),
+    "adapters": (
+        {"nargs": "?", "const": "short", "choices": ["short", "whole"]},
+        "training steps of adapters on packed experts; whole: the longest ones too, for minutes",
+    ),
     "ablation": ({"action": "store_true"}, "a step with one optimisation off, for each"),
     "documents": (
         {"type": parse_documents, "metavar": "512,4096,mix"},

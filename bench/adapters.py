@@ -1,7 +1,8 @@
 """Training steps of low-rank adapters on the 20b with its experts packed in MXFP4, on one GPU.
 
     python -m bench --adapters                  # all rows
-    python -m bench --adapters --rows=16K,512K  # those of these lengths, and the longest ones whole
+    python -m bench --adapters --rows=16K,64K   # those of these lengths
+    python -m bench --adapters=whole            # and the longest ones through all layers
 
 A step is forward, backward and optimizer. Rows with a limit may use no more of the GPU than a 24 GB
 card has, 23.5 GiB. A row of fewer layers keeps all weights in memory and runs through some of the
@@ -37,11 +38,11 @@ TARGETS = [  # tokens, adapters, settings of the step, what to reach: GiB at mos
     (512 * K, BOTH, {"offload": True, "layers": 2}, (64, None)),
     (640 * K, BOTH, {"offload": True, "layers": 2}, (None, None)),
     (750 * K, BOTH, {"offload": True, "layers": 2}, (None, None)),
-    # minutes long: only if --rows asks for them
-    (128 * K, "attention", {"limit": CARD, "offload": True, "asked": True}, (22.5, None)),
-    (512 * K, BOTH, {"offload": True, "asked": True}, (64, None)),
-    (640 * K, BOTH, {"offload": True, "asked": True}, (None, None)),
-    (750 * K, BOTH, {"offload": True, "layers": 12, "asked": True}, (None, None)),
+    # minutes long
+    (128 * K, "attention", {"limit": CARD, "offload": True, "whole": True}, (22.5, None)),
+    (512 * K, BOTH, {"offload": True, "whole": True}, (64, None)),
+    (640 * K, BOTH, {"offload": True, "whole": True}, (None, None)),
+    (750 * K, BOTH, {"offload": True, "layers": 12, "whole": True}, (None, None)),
 ]
 COLUMNS = [
     ("tokens", "row", "<8"),
@@ -165,10 +166,10 @@ def section(options, config, results):
     say(f"frozen weights {weights:.2f} GiB")
     results.save(weights_gib=weights)
     say_row(COLUMNS)
-    targets, optimizer = None, None
+    targets, optimizer, whole = None, None, options.adapters == "whole"
     for tokens, wanted, settings, (most, least) in TARGETS:
         S = tokens if GPU else tokens // K
-        if S not in options.rows if options.rows else "asked" in settings:
+        if (options.rows and S not in options.rows) or ("whole" in settings) > whole:
             continue
         if wanted != targets:
             targets, optimizer = wanted, attach(model, wanted)
