@@ -7,6 +7,7 @@ transformers and vLLM load.
     python convert_hf.py openai/gpt-oss-20b --verify   # ours against transformers' on one prompt
     python convert_hf.py --export runs/my-run --out my-model
     python convert_hf.py --export runs/my-run --out my-model --mxfp4
+    python convert_hf.py --export runs/my-lora --out my-adapters --adapter   # for PEFT
 
 Three layouts are read: Hugging Face's with its experts in bf16 or in MXFP4, and OpenAI's own
 (`original/` on the Hub). Before a byte is written the two sets of names must be equal, both ways,
@@ -520,6 +521,7 @@ def main(arguments=None):
     add("--verify", action="store_true", help="convert if need be, then compare with transformers")
     add("--export", type=Path, metavar="RUN", help="export a training run or checkpoint instead")
     add("--mxfp4", action="store_true", help="export experts in MXFP4")
+    add("--adapter", action="store_true", help="export a run's adapters alone, as PEFT keeps them")
     add(
         "--dtype",
         choices=["float32", "bfloat16"],
@@ -531,9 +533,16 @@ def main(arguments=None):
         parser.error("give either a source to import or --export RUN")
     if options.export and (options.verify or options.packed or not options.out):
         parser.error("--export needs --out DIR, and has no --verify and no --packed")
-    if options.source and (options.mxfp4 or options.dtype or options.tokenizer):
-        parser.error("--mxfp4, --dtype and --tokenizer belong to --export")
+    merged = options.mxfp4 or options.dtype or options.tokenizer
+    if options.source and (merged or options.adapter):
+        parser.error("--mxfp4, --dtype, --tokenizer and --adapter belong to --export")
+    if options.adapter and merged:
+        parser.error("--adapter writes no weights: leave --mxfp4, --dtype and --tokenizer out")
     try:
+        if options.adapter:
+            lora.write_peft(find_model(options.export).weights, options.out)
+            print(f"{options.out} is ready for PEFT, on transformers' model of the base")
+            return
         if options.export:
             dtype = getattr(torch, options.dtype) if options.dtype else None
             export_checkpoint(options.export, options.out, options.mxfp4, dtype, options.tokenizer)

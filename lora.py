@@ -26,7 +26,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from folders import Aside, exists
+from folders import Aside, exists, refuse_occupied
 from frozen import MATRICES, Carried, FrozenExperts, pack, packed_shapes
 from model import GPTOSS, GPTOSSConfig, Router, wide
 from mxfp4 import unpacked
@@ -458,7 +458,11 @@ def peft_tensors(name, a, b, config):
 def write_peft(folder, out):
     """Write adapters as adapter_config.json and adapter_model.safetensors, which PEFT loads on
     transformers' model of the base: PeftModel.from_pretrained(model, out). Experts' adapters want
-    a base that is not packed there, Mxfp4Config(dequantize=True)."""
+    a base that is not packed there, Mxfp4Config(dequantize=True). ValueError if `folder` holds no
+    adapters, or `out` anything."""
+    if not exists(Path(folder) / ADAPTERS):
+        raise ValueError(f"{folder} holds no adapters: export it without --adapter")
+    refuse_occupied(Path(out))
     settings = read_settings(folder)
     config = GPTOSSConfig.from_json(Path(settings["base"]) / "config.json")
     opened, tensors, modules, parameters = open_adapters(folder), {}, {}, {}

@@ -22,6 +22,7 @@ from common import (
 )
 from torch.func import functional_call
 
+import convert_hf
 import fast
 import frozen
 import lora
@@ -508,7 +509,9 @@ def test_peft_loads_adapters(tmp_path, targets, layers):
     peft = pytest.importorskip("peft", reason="PEFT is the reference: pip install peft")
     base = write_base(tmp_path / "base")
     model = write_adapters(tmp_path / "run", base, targets, layers)
-    lora.write_peft(tmp_path / "run", tmp_path / "peft")
+    convert_hf.main(
+        ["--export", str(tmp_path / "run"), "--out", str(tmp_path / "peft"), "--adapter"]
+    )
     tokens, _ = batch(CONFIG, 2, 29)
     theirs = transformers_twin(base)
     before = theirs(tokens).logits.detach()
@@ -520,6 +523,45 @@ def test_peft_loads_adapters(tmp_path, targets, layers):
     logits = theirs(tokens).logits
     assert relative(logits, model(tokens)) < 1e-5
     assert relative(before, logits) > 1e-2
+
+
+def test_what_is_no_adapter_is_not_exported_as_one(tmp_path, capsys):
+    base = write_base(tmp_path / "base")
+    with pytest.raises(SystemExit, match="holds no adapters: export it without --adapter"):
+        convert_hf.main(["--export", str(base), "--out", str(tmp_path / "out"), "--adapter"])
+    with pytest.raises(SystemExit):
+        convert_hf.main(["--export", str(base), "--out", "out", "--adapter", "--mxfp4"])
+    assert "--adapter writes no weights" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["fp32", "packed"])
+def test_a_merged_export(tmp_path, packed):
+    """transformers' logits of it are ours with the merged weights, on a base in fp32 also those of
+    the adapted model, whose merged weights are not rounded."""
+    transformers = pytest.importorskip("transformers", reason="transformers is the reference")
+    base = tmp_path / "base"
+    write_base(base, True) if packed else noise_(GPTOSS(CONFIG)).save_checkpoint(base)
+    model = write_adapters(tmp_path / "run", base)
+    convert_hf.main(["--export", str(tmp_path / "run"), "--out", str(tmp_path / "out")])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out",
+        dtype=torch.float32,
+        attn_implementation="eager",
+        experts_implementation="eager",
+    )
+    for layer in theirs.model.layers:
+        layer.mlp.experts.limit = CONFIG.swiglu_limit
+    tokens, _ = batch(CONFIG, 2, 29)
+    merged = GPTOSS(CONFIG)
+    merged.load_state_dict(
+        {n: place[:].float() for n, place in lora.places(tmp_path / "run")[0].items()}
+    )
+    logits = theirs(tokens).logits
+    assert relative(logits, merged(tokens)) < 1e-5
+    assert packed or relative(logits, model(tokens)) < 1e-5
+    unmerged = lora.from_checkpoint(base, dtype=torch.float32)
+    assert relative(unmerged(tokens), logits) > 0.1
 
 
 # --------------------------------------------------------------------------------------------------
