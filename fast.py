@@ -192,7 +192,7 @@ def causal(b, h, q, k):
     return q >= k
 
 
-@functools.cache  # one function per window: FlexAttention recompiles for a new function object
+@functools.cache  # one function per window
 def sliding(window):
     return lambda b, h, q, k: (q >= k) & (q - k < window)
 
@@ -315,9 +315,9 @@ def _cudnn_fails(device, dtype, head_dim):
     """The error of a small trial run, or None: the only sure test of GPU, driver and version."""
     try:
         options = {"device": device, "dtype": dtype, "requires_grad": True}
-        q, k, v = (torch.randn(1, 128, 1, head_dim, **options) for _ in "qkv")
+        q, k, v = (torch.randn(1, 128, heads, head_dim, **options) for heads in (2, 1, 1))
         with torch.enable_grad():
-            sinks = torch.zeros(1, device=device, dtype=dtype)
+            sinks = torch.zeros(2, **options)
             CudnnSinkAttention.apply(q, k, v, sinks).sum().backward()
     except torch.OutOfMemoryError:
         raise
@@ -331,8 +331,8 @@ def _cudnn_fails(device, dtype, head_dim):
 
 class RouterLogits(torch.autograd.Function):
     """Twin of model.router_logits that makes no fp32 copy of x for autograd to keep: a ninth of
-    what a block keeps when nothing is recomputed. With that copy 32K takes 2 GiB more, and no time
-    that could be told from noise."""
+    what a block keeps when nothing is recomputed. The gradient is rounded to x's dtype once. With
+    that copy 32K takes 2 GiB more, and no time that could be told from noise."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -401,7 +401,9 @@ def sort_by_expert(chosen, num_experts):
     """Sort the R = N k choices (N, k) by expert. Returns order (R), the choice each row comes from;
     expert (R), each row's expert; ends (E), where each expert's rows end; and where (N, k), each
     choice's row."""
-    expert, order = chosen.flatten().short().sort(stable=True)  # a GPU sorts 8 bits per pass
+    expert, order = (
+        chosen.flatten().short().sort(stable=True)
+    )  # int16: a radix sort takes 8 bits per pass
     expert = expert.long()
     numbers = torch.arange(num_experts, device=expert.device)
     ends = torch.searchsorted(expert, numbers, right=True, out_int32=True)
@@ -428,7 +430,9 @@ class ExpertsFunction(torch.autograd.Function):
     def forward(ctx, x, chosen, gates, w1, b1, w2, b2, limit, keep_hidden):
         ctx.limit, k = limit, chosen.shape[1]
         hidden, out = [], torch.empty_like(x)
-        if not replaying():  # experts come last in a block: on replay their output is unused
+        if replaying():  # experts come last in a block: their output is not read, or it shows
+            out.fill_(math.nan)
+        else:
             for tile, choice, gate, result in tiles(x, chosen, gates, out):
                 order, expert, ends, where = sort_by_expert(choice, len(w1))
                 h = F.grouped_mm(tile[order // k], w1, offs=ends)  # (R, C) x (E, C, 2F) -> (R, 2F)
@@ -478,10 +482,9 @@ class ExpertsFunction(torch.autograd.Function):
             if needs_b2:
                 routing = g.new_zeros(len(g), len(w1)).scatter_(1, choice, gate.to(g.dtype))
                 add("b2", routing.t() @ g)  # (E, N) x (N, C)
-        weights = (
-            totals[n].to(w1.dtype) if n in totals else None for n in ("w1", "b1", "w2", "b2")
-        )
-        return dx, None, dgates, *weights, None, None
+        names = "w1", "b1", "w2", "b2"
+        grads = (totals[name].to(w1.dtype) if name in totals else None for name in names)
+        return dx, None, dgates, *grads, None, None
 
 
 @fused
@@ -492,8 +495,8 @@ def expert_products(x, w, expert):
 
 
 def few_experts(x, chosen, gates, w1, b1, w2, b2, limit):
-    """model.experts for a few tokens on a GPU, without gradients: bound by reading the weights, of
-    which tokens rarely share any. Nothing is sorted, and no group is mostly padding."""
+    """model.experts for a few tokens on a GPU, without gradients: bound by reading the weights, and
+    tokens rarely share experts. Nothing is sorted, and no group is mostly padding."""
     expert = chosen.flatten()  # (R)
     where = torch.arange(len(expert), device=x.device).view_as(chosen)
     h = expert_products(x.repeat_interleave(chosen.shape[1], dim=0), w1, expert)  # (R, 2F)
@@ -652,10 +655,11 @@ def logprobs_and_entropy(x, unembedding, targets, temperature):
 
 
 def mean_loss(x, unembedding, targets, weights, count):
+    if x.dtype == torch.float16:
+        return declined("mean_loss", "fp16 gradients computed before a loss scale would underflow")
     if torch.is_grad_enabled() and (x.requires_grad or unembedding.requires_grad):
         return MeanLoss.apply(x, unembedding, targets, weights, count)
-    picked = logprobs(x, unembedding, targets, 1.0)
-    return -(picked if weights is None else weights * picked).sum() / count
+    return NotImplemented  # without a gradient the definition, on the twin of logprobs, is as fast
 
 
 # --------------------------------------------------------------------------------------------------
@@ -667,7 +671,7 @@ class Recompute:
 
     A recomputed block keeps only its input. The replay must restore every value the backward reads,
     but not the block's output (`replaying`), and it can reuse a costly result that was stored
-    (`once`). It serves one backward: a second one through the same graph fails."""
+    (`once`), for one backward."""
 
     current = None  # of the recomputed block that is running; None outside of one
 
@@ -675,21 +679,28 @@ class Recompute:
         self.keep_attention, self.stored, self.replaying = keep_attention, [], False
         self.off = _off  # the replay runs what the forward ran, also outside of `plain()`
 
-    @contextmanager
-    def run(self, replaying):
-        global _off
-        before, _off = _off, self.off
-        Recompute.current, self.replaying = self, replaying
-        try:
-            yield
-        finally:
-            Recompute.current, _off = None, before
-
     @classmethod
     def contexts(cls, keep_attention):
         """The pair of contexts that torch.utils.checkpoint asks for: forward and replay."""
         state = cls(keep_attention)
-        return state.run(False), state.run(True)
+        return Run(state, False), Run(state, True)
+
+
+class Run:
+    """The context of a recomputed block's forward, or of one of its replays."""
+
+    def __init__(self, state, replaying):
+        self.state, self.replaying = state, replaying
+
+    def __enter__(self):
+        global _off
+        self.before = Recompute.current, _off
+        Recompute.current, _off = self.state, self.state.off
+        self.state.replaying = self.replaying
+
+    def __exit__(self, *_):
+        global _off
+        Recompute.current, _off = self.before
 
 
 def once(compute):
@@ -700,6 +711,8 @@ def once(compute):
     if not state.replaying:
         state.stored.append(compute())
         return state.stored[-1]
+    if not state.stored:
+        raise RuntimeError("recompute='attention' serves one backward: choose recompute='all'")
     return state.stored.pop(0)
 
 

@@ -43,7 +43,8 @@ IGNORED = -100  # a target that the loss does not count
 
 @dataclass
 class GPTOSSConfig:
-    """Sizes of the model, under OpenAI's names. The defaults are gpt-oss-20b's."""
+    """Sizes of the model; the defaults are gpt-oss-20b's. The names are OpenAI's, but of the last
+    two, which its config.json leaves out: they are Hugging Face's."""
 
     num_hidden_layers: int = 24
     num_experts: int = 32
@@ -160,9 +161,9 @@ def rope_tables(config, positions):
     high = min(pair_with(config.rope_ntk_alpha), D - 1)
     ramp = ((pair - low) / max(high - low, 1e-3)).clamp(0, 1)
     angles = wide(positions[:, None]) * (stretched * ramp + trained * (1 - ramp))  # (S, D/2)
-    # YaRN's attention temperature multiplies both q and k, so scores by its square
-    temperature = 0.1 * math.log(max(config.rope_scaling_factor, 1)) + 1
-    return angles.cos() * temperature, angles.sin() * temperature
+    # YaRN's attention factor multiplies both q and k, so scores by its square
+    attention_factor = 0.1 * math.log(max(config.rope_scaling_factor, 1)) + 1
+    return angles.cos() * attention_factor, angles.sin() * attention_factor
 
 
 def rotate(x, cos, sin):
@@ -207,8 +208,8 @@ def dense_attention(q, k, v, sinks, window=None, documents=None):
         visible = (visible & same)[:, None, None]  # (B, 1, 1, S, T)
     scores = scores.masked_fill(~visible, float("-inf"))
     column = wide(sinks).view(1, K, H // K, 1, 1).expand(B, -1, -1, S, 1)  # not scaled by sqrt(D)
-    weights = torch.cat((scores, column), dim=-1).softmax(-1)[..., :-1]  # (B, K, H/K, S, T)
-    return torch.einsum("bkhst,btkd->bskhd", weights.to(v.dtype), v).flatten(2, 3)  # (B, S, H, D)
+    probs = torch.cat((scores, column), dim=-1).softmax(-1)[..., :-1]  # (B, K, H/K, S, T)
+    return torch.einsum("bkhst,btkd->bskhd", probs.to(v.dtype), v).flatten(2, 3)  # (B, S, H, D)
 
 
 def apply_sinks(out, lse, sinks):
@@ -282,8 +283,8 @@ def swiglu(h, limit):
 
 @faster(fast.router_logits)
 def router_logits(x, weight, bias):
-    """x (N, C), weight (E, C), bias (E) -> (N, E), in fp32: rounded to bf16 they would tie, and
-    tokens would go to other experts."""
+    """x (N, C), weight (E, C), bias (E) -> (N, E), in fp32: in bf16 close logits tie, and top-k
+    picks one of them arbitrarily."""
     return F.linear(wide(x), wide(weight), wide(bias))
 
 
@@ -391,10 +392,12 @@ def mean_loss(x, unembedding, targets, weights, count):
 class GPTOSS(nn.Module):
     """GPT-OSS, initialised by init_weights, unless it is built on the meta device.
 
-    `recompute` selects the activations that the backward recomputes to save memory: "none"; "all"
-    of every block; or "attention": all but the attention output of full layers, whose cost grows
-    with S^2. That needs cuDNN's kernel; elsewhere, as with packed documents, it equals "all". The
-    last `keep_blocks` blocks recompute nothing."""
+    `recompute` selects what the backward recomputes, block by block, to save memory:
+        "none"
+        "all" activations but the block's input
+        "attention": all but, on layers without a window, the output of attention, whose cost grows
+            with S^2. Only cuDNN's kernel can keep it; with packed documents this is "all".
+    The last `keep_blocks` blocks recompute nothing."""
 
     def __init__(self, config, recompute="none", keep_blocks=0):
         super().__init__()
@@ -431,10 +434,12 @@ class GPTOSS(nn.Module):
         self, tokens, targets=None, documents=None, count=None, *, weights=None, routes=None
     ):
         """tokens (B, S) int64 -> logits (B, S, V); with targets (B, S), the tokens that follow, the
-        loss: fp32, its logits never all in memory.
+        loss: fp32, and by its fast twin without the logits of all tokens in memory.
 
-        The loss is the mean of -log p over the targets that are not -100; times weights (B, S) if
-        given, such as advantages; the sum over `count`, a 0-d tensor, for a part of a larger batch.
+        loss = -sum(weights * log p(target)) / count, over the targets that are not -100. weights
+        (B, S), such as advantages, are ones by default. count, a 0-d tensor, is the number of those
+        targets; give that of the whole batch if this is a part of one.
+
         documents (B, S): attention never crosses from one number to another. routes: see `routes`.
         In a sequence-parallel group all are this rank's slices, and the ranks' losses add up to the
         loss. ValueError for ids outside the vocabulary or wrong shapes."""
@@ -451,7 +456,7 @@ class GPTOSS(nn.Module):
         if count is None:
             count = sp.all_reduce((targets != IGNORED).sum())
         count = wide(count.clamp(min=1))  # without any target the loss is 0, and so is its gradient
-        return mean_loss(x, self.unembedding.weight, targets.flatten(), weights, count)
+        return mean_loss(x, self.unembedding.weight, targets.flatten().long(), weights, count)
 
     def logprobs(
         self, tokens, targets, documents=None, *, temperature=1.0, entropy=False, routes=None
@@ -463,7 +468,7 @@ class GPTOSS(nn.Module):
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature={temperature} must be positive")
         x = self.features(tokens, documents, routes=routes).flatten(0, 1)
-        inputs = x, self.unembedding.weight, targets.flatten(), float(temperature)
+        inputs = x, self.unembedding.weight, targets.flatten().long(), float(temperature)
         if not entropy:
             return logprobs(*inputs).view(targets.shape)
         return tuple(each.view(targets.shape) for each in logprobs_and_entropy(*inputs))
@@ -522,16 +527,17 @@ class GPTOSS(nn.Module):
         return self.norm(x)
 
     def _check_integers(self, x, name, shape):
-        if x.shape != shape or x.is_floating_point():
+        if x.shape != shape or x.is_floating_point() or x.dtype == torch.bool:
             raise ValueError(
                 f"{name} must be integers of shape {tuple(shape)}; got {x.dtype} {tuple(x.shape)}"
             )
 
     def _check(self, ids, name, shape, other=0):
         """ValueError unless `ids` are (B, S) integers in the vocabulary, or `other`."""
-        if ids.dim() != 2 or ids.shape != shape or ids.is_floating_point() or not ids.numel():
+        kinds = torch.int64, torch.int32
+        if ids.dim() != 2 or ids.shape != shape or ids.dtype not in kinds or not ids.numel():
             raise ValueError(
-                f"{name} must be integers of one shape (B, S), not empty; "
+                f"{name} must be int64 of one shape (B, S), not empty; "
                 f"got {ids.dtype} {tuple(ids.shape)}, {tuple(shape)}"
             )
         V = self.config.vocab_size

@@ -69,21 +69,22 @@ class _AllToAll(torch.autograd.Function):
     (docs/LOG.md, 2026-11-25)."""
 
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx, x, group):
+        ctx.group = group  # the backward may run when `alone` or another group is in force
         if x.shape[1:].numel() * x.element_size() < LARGE_BYTES:
             x = x.transpose(0, 1).contiguous()  # (n, B, ...)
             out = torch.empty_like(x)
-            dist.all_to_all_single(out, x, group=_group)
+            dist.all_to_all_single(out, x, group=group)
             return out.transpose(0, 1)
         x = x.contiguous()
         out = torch.empty_like(x)
         for received, sent in zip(out, x):
-            dist.all_to_all_single(received, sent, group=_group)
+            dist.all_to_all_single(received, sent, group=group)
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        return _AllToAll.apply(grad)
+        return _AllToAll.apply(grad, ctx.group), None
 
 
 def seq_to_heads(x):
@@ -96,7 +97,7 @@ def seq_to_heads(x):
     if H % n:
         raise ValueError(f"sp={n} must divide the number of attention heads, {H}")
     x = x.view(B, s, n, H // n, D).transpose(1, 2)  # (B, n, S/n, H/n, D), n the rank it goes to
-    x = _AllToAll.apply(x)  # the same shape, n the rank it came from
+    x = _AllToAll.apply(x, _group)  # the same shape, n the rank it came from
     return x.reshape(B, n * s, H // n, D)  # ranks hold the sequence in order: (n, S/n) is S
 
 
@@ -107,7 +108,7 @@ def heads_to_seq(x):
         return x
     B, S, h, D = x.shape
     x = x.view(B, n, S // n, h, D)  # (B, n, S/n, H/n, D), n the rank it goes to
-    x = _AllToAll.apply(x)  # the same shape, n the rank it came from
+    x = _AllToAll.apply(x, _group)  # the same shape, n the rank it came from
     return x.transpose(1, 2).reshape(B, S // n, n * h, D)  # rank r has heads r H/n to (r+1) H/n
 
 
@@ -183,7 +184,7 @@ def gather_sequence(x):
     if size() == 1:
         return x
     slices = _AllToAll.apply(
-        x[:, None].expand(-1, size(), -1)
+        x[:, None].expand(-1, size(), -1), _group
     )  # (B, n, S/n): every rank is sent the same
     return slices.flatten(1, 2)
 

@@ -105,7 +105,7 @@ def outcome(name, function, inputs, dtype, device="cpu", recomputed=False, froze
     leaves = []
     for place, x in enumerate(inputs):
         if torch.is_tensor(x):
-            x = x.to(device, copy=True)
+            x = x.detach().to(device, copy=True)
             if x.is_floating_point():
                 keep = is_fp32(name, place) and dtype != torch.float64
                 x = x.to(torch.float32 if keep else dtype)
@@ -206,8 +206,10 @@ def test_a_second_derivative_is_the_definitions(name):
     """The gradient of a squared norm of gradients."""
 
     def second(function, dtype):
-        leaves = [x.to(dtype) if torch.is_tensor(x) and x.is_floating_point() else x
-                  for x in next(iter(CASES[name].values()))]  # fmt: skip
+        leaves = list(next(iter(CASES[name].values())))
+        for place, x in enumerate(leaves):
+            if torch.is_tensor(x) and x.is_floating_point():
+                leaves[place] = x.detach().to(dtype, copy=True)
         wanted = [x.requires_grad_() for x in leaves if torch.is_tensor(x) and x.dim() > 0
                   and x.is_floating_point()]  # fmt: skip
         outs = function(*leaves)
@@ -321,6 +323,18 @@ def test_fp64(capsys):
     assert_all_close(step(exact), expected, 1e-12)
     assert_all_close(step(model), expected, 1e-5)
     assert "the model is in fp64" in capsys.readouterr().out
+
+
+def test_the_loss_in_fp16_is_the_definitions(capsys):
+    """Its gradient, made in the forward, would underflow before a loss scale multiplies it."""
+    fast.say.cache_clear()
+    x, unembedding, targets, *_ = loss_case()
+    x = x.half().requires_grad_()
+    count = torch.tensor(2.0**24)
+    loss = model_module.mean_loss(x, unembedding.half(), targets, None, count)
+    (loss * 2.0**24).backward()
+    assert x.grad.count_nonzero() > x.numel() / 2
+    assert "fp16" in capsys.readouterr().out
 
 
 def test_autocast(capsys):
@@ -645,6 +659,29 @@ def test_router():
         torch.autograd.grad(expected, exact, grad.double()),
     ):
         assert found.dtype == torch.bfloat16 and relative(found, wanted) <= 3e-3
+
+
+@pytest.mark.parametrize("recompute", ["none", "all"])
+def test_a_second_backward(recompute):
+    """Through one graph, kept for it: the gradients of both add up."""
+    model = noise_(GPTOSS(tiny_config(), recompute))
+    loss = model(*batch(model.config, 2, 29))
+    loss.backward(retain_graph=True)
+    once = {name: grad.clone() for name, grad in gradients(model).items()}
+    loss.backward()
+    assert_all_close(gradients(model), {name: 2 * grad for name, grad in once.items()}, 1e-6)
+
+
+def test_a_block_that_reads_the_replayed_experts_fails_loudly():
+    """The replay skips the experts, because they come last in a block. Where they do not, NaN."""
+    experts = fast.PAIRS["experts"][1]
+
+    def not_last(x, *args):
+        return experts(x, *args).square()
+
+    inputs = CASES["experts"]["all used"]
+    found = outcome("experts", not_last, inputs, torch.float32, recomputed=True)
+    assert found["out"].isfinite().all() and found[0].isnan().any()
 
 
 @pytest.mark.parametrize("keep_blocks", [0, 1, 2, 3, 4])

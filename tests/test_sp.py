@@ -258,6 +258,18 @@ def check_large_rows():
     sp.LARGE_BYTES = limit
 
 
+def check_backward_after_the_group():
+    """The backward exchanges within the group of its forward, whichever is in force by then."""
+    *leaves, grad = attention_case(2)
+    leaves = [x.requires_grad_() for x in leaves]
+    out = sp.ulysses(dense_attention)(*sp.shard(*leaves[:3]), leaves[3])
+    cut = sp.shard(grad)[0]
+    expected = torch.autograd.grad(out, leaves, cut, retain_graph=True)
+    with sp.alone():
+        actual = torch.autograd.grad(out, leaves, cut)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected))
+
+
 CHECKS = [
     check_layouts,
     check_shards,
@@ -265,6 +277,7 @@ CHECKS = [
     check_errors,
     check_wrapper,
     check_large_rows,
+    check_backward_after_the_group,
 ]
 
 
