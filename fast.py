@@ -383,11 +383,11 @@ def biased_swiglu_backward_(h, bias, expert, limit, da, weight, dgate, dup):
 
 
 @fused
-def combine(y, where, gates, bias, chosen):
+def combine(y, where, routing, bias, chosen):
     """Rows y (R, C) -> (N, C): each token's k rows, found by `where` (N, k), plus their experts'
-    bias, weighted by the gates and summed."""
+    bias, weighted by `routing` (N, k) and summed."""
     picked = y[where].float() + bias.float()[chosen]  # (N, k, C), inside the kernel only
-    return (picked * gates[..., None]).sum(1).to(y.dtype)
+    return (picked * routing[..., None]).sum(1).to(y.dtype)
 
 
 @fused
@@ -421,45 +421,45 @@ class ExpertsFunction(torch.autograd.Function):
 
     The backward is written out because it can do what autograd cannot. It goes through the tokens
     in tiles, so its working memory does not grow with the sequence. In a recomputed block it
-    starts from x, so the replayed forward skips the experts. The gates' gradient g . y needs no
-    expert's output y = a W2 + b2, because g . y = (g W2^T) . a + g . b2. Nothing is computed for
-    weights that need no gradient. With autograd 8K is 21 % slower, 32K 14 %, with 15 GiB more; with
+    starts from x, so the replayed forward skips the experts. The routing weights' gradient g . y
+    needs no expert's output y = a W2 + b2, as g . y = (g W2^T) . a + g . b2. Nothing is computed
+    for weights that need no gradient. With autograd 8K is 21 % slower, 32K 14 %, with 15 GiB more; with
     a full replay they are 11 % and 8 % slower."""
 
     @staticmethod
-    def forward(ctx, x, chosen, gates, w1, b1, w2, b2, limit, keep_hidden):
+    def forward(ctx, x, chosen, routing, w1, b1, w2, b2, limit, keep_hidden):
         ctx.limit, k = limit, chosen.shape[1]
         hidden, out = [], torch.empty_like(x)
         if replaying():  # experts come last in a block: their output is not read, or it shows
             out.fill_(math.nan)
         else:
-            for tile, choice, gate, result in tiles(x, chosen, gates, out):
+            for tile, choice, share, result in tiles(x, chosen, routing, out):
                 order, expert, ends, where = sort_by_expert(choice, len(w1))
                 h = F.grouped_mm(tile[order // k], w1, offs=ends)  # (R, C) x (E, C, 2F) -> (R, 2F)
                 a = biased_swiglu(h, b1, expert, limit)  # (R, F)
                 y = F.grouped_mm(a, w2, offs=ends)  # (R, F) x (E, F, C) -> (R, C)
-                result.copy_(combine(y, where, gate, b2, choice))
+                result.copy_(combine(y, where, share, b2, choice))
                 if keep_hidden:
                     hidden.append(h)
-        ctx.save_for_backward(x, chosen, gates, w1, b1, w2, b2, *hidden)
+        ctx.save_for_backward(x, chosen, routing, w1, b1, w2, b2, *hidden)
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        x, chosen, gates, w1, b1, w2, b2, *hidden = ctx.saved_tensors
+        x, chosen, routing, w1, b1, w2, b2, *hidden = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True
-            inputs = x, chosen, gates, w1, b1, w2, b2, ctx.limit
+            inputs = x, chosen, routing, w1, b1, w2, b2, ctx.limit
             return *differentiable_gradients("experts", inputs, grad), None
-        needs_x, _, needs_gates, needs_w1, needs_b1, needs_w2, needs_b2, *_ = ctx.needs_input_grad
+        needs_x, _, needs_routing, needs_w1, needs_b1, needs_w2, needs_b2, *_ = ctx.needs_input_grad
         k = chosen.shape[1]
         dx = torch.empty_like(x) if needs_x else None
-        dgates = torch.empty_like(gates) if needs_gates else None
+        drouting = torch.empty_like(routing) if needs_routing else None
         totals = {}  # the gradients of the weights, in fp32 if there are several tiles
 
         def add(name, part):
             totals[name] = totals[name].float().add_(part) if name in totals else part
 
-        for number, (tile, choice, gate, g) in enumerate(tiles(x, chosen, gates, grad)):
+        for number, (tile, choice, share, g) in enumerate(tiles(x, chosen, routing, grad)):
             tokens = slice(number * EXPERT_TOKENS, number * EXPERT_TOKENS + len(tile))
             order, expert, ends, where = sort_by_expert(choice, len(w1))
             rows, g_rows = tile[order // k], g[order // k]  # (R, C)
@@ -467,12 +467,12 @@ class ExpertsFunction(torch.autograd.Function):
             da = F.grouped_mm(g_rows, w2.transpose(1, 2), offs=ends)  # (R, F)
             dh = torch.empty_like(h)
             weighted_a, da_a = biased_swiglu_backward_(
-                h, b1, expert, ctx.limit, da, gate.flatten()[order], *dh.chunk(2, dim=-1)
+                h, b1, expert, ctx.limit, da, share.flatten()[order], *dh.chunk(2, dim=-1)
             )
             if needs_x:
                 dx[tokens] = gather_sum(F.grouped_mm(dh, w1.transpose(1, 2), offs=ends), where)
-            if needs_gates:
-                dgates[tokens] = da_a[where] + (g @ b2.t()).gather(1, choice)
+            if needs_routing:
+                drouting[tokens] = da_a[where] + (g @ b2.t()).gather(1, choice)
             if needs_w1:
                 add("w1", F.grouped_mm(rows.t(), dh, offs=ends))  # (C, R) x (R, 2F) -> (E, C, 2F)
             if needs_b1:  # bias gradients as matmuls: indexing has a backward of atomic adds
@@ -480,11 +480,11 @@ class ExpertsFunction(torch.autograd.Function):
             if needs_w2:
                 add("w2", F.grouped_mm(weighted_a.t(), g_rows, offs=ends))  # -> (E, F, C)
             if needs_b2:
-                routing = g.new_zeros(len(g), len(w1)).scatter_(1, choice, gate.to(g.dtype))
-                add("b2", routing.t() @ g)  # (E, N) x (N, C)
+                spread = g.new_zeros(len(g), len(w1)).scatter_(1, choice, share.to(g.dtype))
+                add("b2", spread.t() @ g)  # (E, N) x (N, C)
         names = "w1", "b1", "w2", "b2"
         grads = (totals[name].to(w1.dtype) if name in totals else None for name in names)
-        return dx, None, dgates, *grads, None, None
+        return dx, None, drouting, *grads, None, None
 
 
 @fused
@@ -494,20 +494,20 @@ def expert_products(x, w, expert):
     return (x.float()[:, :, None] * w[expert].float()).sum(1).to(x.dtype)
 
 
-def few_experts(x, chosen, gates, w1, b1, w2, b2, limit):
+def few_experts(x, chosen, routing, w1, b1, w2, b2, limit):
     """model.experts for a few tokens on a GPU, without gradients: bound by reading the weights, and
     tokens rarely share experts. Nothing is sorted, and no group is mostly padding."""
     expert = chosen.flatten()  # (R)
     where = torch.arange(len(expert), device=x.device).view_as(chosen)
     h = expert_products(x.repeat_interleave(chosen.shape[1], dim=0), w1, expert)  # (R, 2F)
     y = expert_products(biased_swiglu(h, b1, expert, limit), w2, expert)  # (R, C)
-    return combine(y, where, gates, b2, chosen)
+    return combine(y, where, routing, b2, chosen)
 
 
-def experts(x, chosen, gates, w1, b1, w2, b2, limit):
+def experts(x, chosen, routing, w1, b1, w2, b2, limit):
     few = len(x) <= FEW_TOKENS and x.is_cuda and not torch.is_grad_enabled()
     if few and is_on("expert_products"):
-        return few_experts(x, chosen, gates, w1, b1, w2, b2, limit)
+        return few_experts(x, chosen, routing, w1, b1, w2, b2, limit)
     if not all(size * x.element_size() % 16 == 0 for size in w2.shape[1:]):  # F and C
         return declined(
             "experts",
@@ -515,7 +515,7 @@ def experts(x, chosen, gates, w1, b1, w2, b2, limit):
             f"intermediate_size={w2.shape[1]} in {x.dtype} have others",
         )
     keep_hidden = torch.is_grad_enabled() and not Recompute.current
-    return ExpertsFunction.apply(x, chosen, gates, w1, b1, w2, b2, limit, keep_hidden)
+    return ExpertsFunction.apply(x, chosen, routing, w1, b1, w2, b2, limit, keep_hidden)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -117,7 +117,7 @@ def opener(several, *matrix, like):
 
 
 class FrozenExpertsFunction(torch.autograd.Function):
-    """Twin of frozen_experts, after fast.ExpertsFunction. Gradients go to x, gates and adapters.
+    """Twin of frozen_experts, after fast.ExpertsFunction. Gradients go to x, routing and adapters.
 
     x W + (x A) B is one grouped matmul, [x, x A] with [W; B], so it is summed in fp32; its backward
     to x is another, [g, g B^T] with [W, A]^T. The gradients of A and B are x^T (g B^T) and
@@ -126,7 +126,7 @@ class FrozenExpertsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x, chosen, gates, w1, scales1, a1, b1, bias1, w2, scales2, a2, b2, bias2, limit, keep
+        ctx, x, chosen, routing, w1, scales1, a1, b1, bias1, w2, scales2, a2, b2, bias2, limit, keep
     ):
         ctx.limit, k, several = limit, chosen.shape[1], len(x) > fast.EXPERT_TOKENS
         two_f = bias1.shape[1]
@@ -136,7 +136,7 @@ class FrozenExpertsFunction(torch.autograd.Function):
         else:
             first = opener(several, w1, scales1, a1, b1, like=x)
             second = opener(several, w2, scales2, a2, b2, like=x)
-            for tile, choice, gate, result in fast.tiles(x, chosen, gates, out):
+            for tile, choice, share, result in fast.tiles(x, chosen, routing, out):
                 order, expert, ends, where = fast.sort_by_expert(choice, len(w1))
                 rows = gathered(tile, order // k, a1, ends)  # (R, C + r)
                 h = F.grouped_mm(rows, first()[..., :two_f], offs=ends)  # (R, 2F)
@@ -144,34 +144,34 @@ class FrozenExpertsFunction(torch.autograd.Function):
                 biased_swiglu_(a[:, : two_f // 2], h, bias1, expert, limit)
                 with_product_(a, a2, ends)  # (R, F + r)
                 y = F.grouped_mm(a, second()[..., : x.shape[1]], offs=ends)  # (R, C)
-                result.copy_(fast.combine(y, where, gate, bias2, choice))
+                result.copy_(fast.combine(y, where, share, bias2, choice))
                 if keep:
                     hidden.append(h)
         saved = w1, scales1, a1, b1, bias1, w2, scales2, a2, b2, bias2
-        ctx.save_for_backward(x, chosen, gates, *saved, *hidden)
+        ctx.save_for_backward(x, chosen, routing, *saved, *hidden)
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        x, chosen, gates, *saved = ctx.saved_tensors
+        x, chosen, routing, *saved = ctx.saved_tensors
         w1, scales1, a1, b1, bias1, w2, scales2, a2, b2, bias2, *hidden = saved
         if torch.is_grad_enabled():  # create_graph=True
-            inputs = x, chosen, gates, *saved[:10], ctx.limit
+            inputs = x, chosen, routing, *saved[:10], ctx.limit
             return *fast.differentiable_gradients("frozen_experts", inputs, grad), None
-        needs_x, _, needs_gates, *_ = ctx.needs_input_grad
+        needs_x, _, needs_routing, *_ = ctx.needs_input_grad
         k, several = chosen.shape[1], len(x) > fast.EXPERT_TOKENS
         C, two_f = bias2.shape[1], bias1.shape[1]
         first = opener(several, w1, scales1, a1, b1, like=x)
         second = opener(several, w2, scales2, a2, b2, like=x)
         dx = torch.empty_like(x) if needs_x else None
-        dgates = torch.empty_like(gates) if needs_gates else None
+        drouting = torch.empty_like(routing) if needs_routing else None
         totals = {}  # the gradients of the adapters, in fp32 if there are several tiles
 
         def add(name, rows, others):  # (n, R) x (R, m) -> (E, n, m)
             part = F.grouped_mm(rows.t(), others, offs=ends)
             totals[name] = totals[name].float().add_(part) if name in totals else part
 
-        for number, (tile, choice, gate, g) in enumerate(fast.tiles(x, chosen, gates, grad)):
+        for number, (tile, choice, share, g) in enumerate(fast.tiles(x, chosen, routing, grad)):
             tokens = slice(number * fast.EXPERT_TOKENS, number * fast.EXPERT_TOKENS + len(tile))
             order, expert, ends, where = fast.sort_by_expert(choice, len(w1))
             g_rows = gathered(g, order // k, None if b2 is None else b2.mT, ends)  # (R, C + r)
@@ -180,15 +180,15 @@ class FrozenExpertsFunction(torch.autograd.Function):
             h = hidden.pop(0) if hidden else F.grouped_mm(rows, whole[..., :two_f], offs=ends)
             dh = empty(len(h), two_f + width(a1), like=h)  # (R, 2F + r)
             weighted_a, da_a = fast.biased_swiglu_backward_(
-                h, bias1, expert, ctx.limit, da, gate.flatten()[order], *dh[:, :two_f].chunk(2, -1)
+                h, bias1, expert, ctx.limit, da, share.flatten()[order], *dh[:, :two_f].chunk(2, -1)
             )
             del h, da
             with_product_(dh, None if b1 is None else b1.mT, ends)
             if needs_x:
                 drows = F.grouped_mm(dh, whole[:, :C].mT, offs=ends)  # (R, C)
                 dx[tokens] = fast.gather_sum(drows, where)
-            if needs_gates:
-                dgates[tokens] = da_a[where] + (g @ bias2.t()).gather(1, choice)
+            if needs_routing:
+                drouting[tokens] = da_a[where] + (g @ bias2.t()).gather(1, choice)
             if a1 is not None:
                 add("a1", rows[:, :C], dh[:, two_f:])
                 add("b1", rows[:, C:], dh[:, :two_f])
@@ -197,25 +197,27 @@ class FrozenExpertsFunction(torch.autograd.Function):
                 add("b2", F.grouped_mm(weighted_a, a2, offs=ends), g_rows[:, :C])
         of = {name: total.to(x.dtype) for name, total in totals.items()}.get
         first, second = (of("a1"), of("b1")), (of("a2"), of("b2"))
-        return dx, None, dgates, None, None, *first, None, None, None, *second, None, None, None
+        return dx, None, drouting, None, None, *first, None, None, None, *second, None, None, None
 
 
 def frozen_experts_twin(
-    x, chosen, gates, w1, scales1, a1, b1, bias1, w2, scales2, a2, b2, bias2, limit
+    x, chosen, routing, w1, scales1, a1, b1, bias1, w2, scales2, a2, b2, bias2, limit
 ):
     if any(size * x.element_size() % 16 for size in (bias1.shape[1] // 2, bias2.shape[1])):
         return NotImplemented  # model.experts will run, and say why
     keep_hidden = torch.is_grad_enabled() and not fast.Recompute.current
     matrices = w1, scales1, a1, b1, bias1, w2, scales2, a2, b2, bias2
-    return FrozenExpertsFunction.apply(x, chosen, gates, *matrices, limit, keep_hidden)
+    return FrozenExpertsFunction.apply(x, chosen, routing, *matrices, limit, keep_hidden)
 
 
 @faster(frozen_experts_twin)
-def frozen_experts(x, chosen, gates, w1, scales1, a1, b1, bias1, w2, scales2, a2, b2, bias2, limit):
+def frozen_experts(
+    x, chosen, routing, w1, scales1, a1, b1, bias1, w2, scales2, a2, b2, bias2, limit
+):
     """model.experts with the matrices W + A B; with scales, W is packed. Frozen: gradients go to x,
-    gates and adapters only."""
+    routing and adapters only."""
     first, second = merged(w1, scales1, a1, b1, x), merged(w2, scales2, a2, b2, x)
-    return experts(x, chosen, gates, first, bias1.detach(), second, bias2.detach(), limit)
+    return experts(x, chosen, routing, first, bias1.detach(), second, bias2.detach(), limit)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -226,14 +228,14 @@ class FrozenExperts(Experts):
     """Experts whose matrices are packed, or have adapters, or both: gate_up_lora_a (E, C, r),
     gate_up_lora_b (E, r, 2F), down_lora_a (E, F, r), down_lora_b (E, r, C)."""
 
-    def compute(self, x, chosen, gates):
+    def compute(self, x, chosen, routing):
         inputs = [*self.matrix("gate_up"), self.gate_up_bias]
         inputs += [*self.matrix("down"), self.down_bias]
         if chosen.numel() < self.router.out_features and not torch.is_grad_enabled():
             # generation: a few tokens need few experts, and only those are unpacked
             used, chosen = chosen.unique(return_inverse=True)
             inputs = [x if x is None else x[used] for x in inputs]
-        return frozen_experts(x, chosen, gates, *inputs, self.limit)
+        return frozen_experts(x, chosen, routing, *inputs, self.limit)
 
     def matrix(self, name):
         """(weight, None, A, B) or (blocks, scales, A, B), with A and B None without adapters.

@@ -289,21 +289,21 @@ def router_logits(x, weight, bias):
 
 
 @faster(fast.experts)
-def experts(x, chosen, gates, w1, b1, w2, b2, limit):
-    """x (N, C), chosen (N, k) expert numbers, gates (N, k) fp32 -> (N, C): the outputs of each
-    token's experts, weighted and summed. No token is dropped.
+def experts(x, chosen, routing, w1, b1, w2, b2, limit):
+    """x (N, C), chosen (N, k) expert numbers, routing (N, k) their weights, fp32 -> (N, C): the
+    outputs of each token's experts, weighted and summed. No token is dropped.
 
     w1 (E, C, 2F) and b1 (E, 2F): gate_up, w2 (E, F, C) and b2 (E, C): down."""
     out = torch.zeros_like(wide(x))
     for e in range(len(w1)):
         token, place = (chosen == e).nonzero(as_tuple=True)  # who chose e, and as which of its k
         y = swiglu(x[token] @ w1[e] + b1[e], limit) @ w2[e] + b2[e]
-        out = out.index_add(0, token, gates[token, place, None] * y)
+        out = out.index_add(0, token, routing[token, place, None] * y)
     return out.to(x.dtype)
 
 
 class Router(nn.Linear):
-    """x (N, C) -> chosen (N, k), the experts with the k largest logits, or those given, and gates
+    """x (N, C) -> chosen (N, k), the experts with the k largest logits, or those given, and routing
     (N, k), the softmax over the logits of those k, in fp32."""
 
     def __init__(self, config):
@@ -333,12 +333,12 @@ class Experts(nn.Module):
 
     def forward(self, x, chosen=None):  # x (B, S, C), chosen (B, S, k) or None
         tokens = x.flatten(0, 1)  # (N, C)
-        chosen, gates = self.router(tokens, None if chosen is None else chosen.flatten(0, 1))
-        return self.compute(tokens, chosen, gates).view_as(x)
+        chosen, routing = self.router(tokens, None if chosen is None else chosen.flatten(0, 1))
+        return self.compute(tokens, chosen, routing).view_as(x)
 
-    def compute(self, tokens, chosen, gates):  # (N, C), (N, k), (N, k) -> (N, C)
+    def compute(self, tokens, chosen, routing):  # (N, C), (N, k), (N, k) -> (N, C)
         gate_up, down = (self.gate_up_weight, self.gate_up_bias), (self.down_weight, self.down_bias)
-        return experts(tokens, chosen, gates, *gate_up, *down, self.limit)
+        return experts(tokens, chosen, routing, *gate_up, *down, self.limit)
 
 
 class Block(nn.Module):
@@ -478,7 +478,7 @@ class GPTOSS(nn.Module):
         """The experts each layer's router chooses for each token: (layers, B, S, k) int64.
 
         Given to forward or logprobs as `routes`, they fix the choice, and gradients still flow
-        through the gates: a policy trained on the routes that its samples were drawn with."""
+        through the routing weights: a policy trained on the routes that its samples were drawn with."""
         found = []
         hooks = [
             block.mlp.router.register_forward_hook(lambda _, __, output: found.append(output[0]))
