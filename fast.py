@@ -423,8 +423,8 @@ class ExpertsFunction(torch.autograd.Function):
     in tiles, so its working memory does not grow with the sequence. In a recomputed block it
     starts from x, so the replayed forward skips the experts. The routing weights' gradient g . y
     needs no expert's output y = a W2 + b2, as g . y = (g W2^T) . a + g . b2. Nothing is computed
-    for weights that need no gradient. With autograd 8K is 21 % slower, 32K 14 %, with 15 GiB more; with
-    a full replay they are 11 % and 8 % slower."""
+    for weights that need no gradient. With autograd 8K is 21 % slower, 32K 14 %, with 15 GiB more;
+    with a full replay they are 11 % and 8 % slower."""
 
     @staticmethod
     def forward(ctx, x, chosen, routing, w1, b1, w2, b2, limit, keep_hidden):

@@ -478,7 +478,7 @@ class GPTOSS(nn.Module):
         """The experts each layer's router chooses for each token: (layers, B, S, k) int64.
 
         Given to forward or logprobs as `routes`, they fix the choice, and gradients still flow
-        through the routing weights: a policy trained on the routes that its samples were drawn with."""
+        through the routing weights. So a policy can be trained on the routes of its samples."""
         found = []
         hooks = [
             block.mlp.router.register_forward_hook(lambda _, __, output: found.append(output[0]))
