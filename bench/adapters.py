@@ -121,7 +121,7 @@ def measure(model, optimizer, S, settings):
     blocks, losses = model.blocks, []
     total = torch.cuda.get_device_properties(DEVICE).total_memory / GIB if GPU else math.inf
     fast.fit_tiles(settings["limit"] or total)
-    memory.AHEAD = not fast.is_small(settings["limit"] or total)
+    memory.AHEAD = 0 if fast.is_small(settings["limit"] or total) else 2**30
     lora.embed_on_host(model)
     if not settings["offload"]:
         model.embedding.to(DEVICE)
