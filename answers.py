@@ -39,7 +39,6 @@ def pieces(tokens, tokenizer):
         piece = tokenizer.token_bytes(token)
         if not spelled and piece in names:
             yield None, decoder.decode(b"", final=True)
-            decoder.reset()
             yield names[piece], ""
             continue
         held += decoder.decode(piece)

@@ -194,8 +194,7 @@ def draw(logits, temperature, top_p, uniform, drawable=None):
         if top_p < 1:  # keep those before which top_p is not reached
             shares = shares.masked_fill(total - shares >= top_p * total[:, -1:].double(), 0)
             total = shares.cumsum(-1)
-        whole = total[:, -1:]
-        at = (uniform[:, None].double() * whole).long().clamp(max=whole - 1)
+        at = (uniform[:, None] * total[:, -1:]).long()
         token = torch.searchsorted(total, at, right=True).clamp(max=logits.shape[-1] - 1)
         token = token if order is None else order.gather(1, token)
     return token[:, 0], logprobs.gather(1, token)[:, 0].float()
@@ -256,6 +255,7 @@ class Decoder:
         self.ahead = int(self.captures)  # steps that are started before a token is looked at
         self.graphs, self.pool = {}, None
 
+    @torch.no_grad()
     def start(self, sequences):
         """Fill slots with (slot, prompt, seed, room). All but each prompt's last token pass the
         model; the next step feeds that one."""
@@ -333,18 +333,18 @@ class Decoder:
         self.logprob.copy_(logprob)
         position.add_(1).clamp_(max=self.capacity - 1)  # finished sequences step on, unread
 
+    @torch.no_grad()
     def launch(self, active):
         """Start a step for the slots `active`. Returns read(), which waits for its tokens and log
         probabilities and returns them as lists (B)."""
-        longest = max(self.length[slot] for slot in active)
-        if not self.captures:
-            self.advance(longest)
+        T = max(self.length[slot] for slot in active)
+        if self.device.type == "cuda":  # few different sizes: each is captured, or compiled for
+            T = min(max(2 ** math.ceil(math.log2(T)), 256), self.capacity)
+        if T in self.graphs:
+            self.graphs[T].replay()
         else:
-            T = min(max(2 ** math.ceil(math.log2(longest)), 256), self.capacity)
-            if T in self.graphs:
-                self.graphs[T].replay()
-            else:  # the first step of its kind compiles, and nothing may compile in a capture
-                self.advance(T)
+            self.advance(T)
+            if self.captures:  # for the steps that follow: this one compiled, which captures cannot
                 self.graphs[T] = graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=self.pool):
                     self.advance(T)

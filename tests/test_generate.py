@@ -304,6 +304,13 @@ def test_the_ends_of_the_uniform_numbers(top_p):
     torch.testing.assert_close(logprobs, logits.gather(1, drawn[:, None])[:, 0])
 
 
+def test_what_may_be_drawn_can_be_unlikely():
+    logits, drawable = torch.tensor([[0.0, -70.0, -70.0]]), torch.tensor([False, True, True])
+    for uniform, token in (0.25, 1), (0.75, 2):
+        drawn, logprob = draw(logits, 1.0, 1.0, torch.tensor([uniform]), drawable)
+        assert drawn.item() == token and logprob.item() == -70
+
+
 def test_each_sequence_is_drawn_from_its_own_logits():
     logits = torch.tensor([[0.0, 9.0, 9.0, 0.0], [9.0, 0.0, 0.0, 9.0]]).repeat(500, 1)
     uniform = torch.rand(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -316,8 +323,9 @@ def test_each_sequence_is_drawn_from_its_own_logits():
 
 
 def generate_on_a_rank(share_sequences):
-    """This rank's answers from an FSDP-wrapped model and its loss after them, both twice the same;
-    how often its root and all its parts were gathered, and rows of what a rank holds otherwise."""
+    """This rank's answers from an FSDP-wrapped model, its loss and gradients after them, twice the
+    same; how often its root and all its parts were gathered; and how many rows a rank holds of a
+    parameter when they are not."""
     ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     mesh = init_device_mesh("cpu", (ranks,))
     if share_sequences:
@@ -340,7 +348,11 @@ def generate_on_a_rank(share_sequences):
     for _ in range(2):
         results.append(tokens_of(generate(model, prompts, 8, seeds=[rank] * len(prompts))))
         rows.update(p.to_local().shape[0] for p in (model.embedding.weight, model.norm.weight))
-        results.append(model(*batch).item())
+        loss = model(*batch)
+        loss.backward()
+        norms = [p.grad.full_tensor().norm().item() for p in model.parameters()]
+        results.append((loss.item(), norms))
+        model.zero_grad()
     FSDPModule.unshard = unshard
     assert results[:2] == results[2:]
     return (*results[:2], sum(gathers), len(gathers), rows)
@@ -357,7 +369,8 @@ def test_a_sharded_model_generates(share_sequences):
         mine = prompts[rank::2][: 3 - rank]
         assert tokens == tokens_of(generate(model, mine, 8, seeds=[rank] * len(mine)))
         assert roots == 2 and gathers == 2 * (model.config.num_hidden_layers + 1)
-        assert rows == {31 - rank, 10} and loss > 0  # of 61 and 20
+        assert rows == {31 - rank, 10}  # of 61 and 20
+        assert min(loss[0], *loss[1]) > 0
 
 
 def test_what_generate_returns():
