@@ -264,43 +264,47 @@ class Decoder:
             numbers = torch.rand(room, dtype=torch.float64, generator=generator)
             self.uniform[slot, at : at + room] = numbers.to(self.device)
             self.token[slot], self.position[slot], self.length[slot] = prompt[-1], at, at + 1
-        prompts = [(slot, prompt[:-1]) for slot, prompt, *_ in sequences if len(prompt) > 1]
-        group = []
-        for slot, prompt in sorted(prompts, key=lambda pair: len(pair[1])):
+        places = {}  # prompt: its slots. Equal prompts pass the model once
+        for slot, prompt, *_ in sequences:
+            if len(prompt) > 1:
+                places.setdefault(tuple(prompt[:-1]), []).append(slot)
+        group = {}
+        for prompt in sorted(places, key=len):
             if group and (len(group) + 1) * len(prompt) > PREFILL_TOKENS:
-                self.prefill(*zip(*group))
-                group = []
-            group.append((slot, prompt))
+                self.prefill(group)
+                group = {}
+            group[prompt] = places[prompt]
         if group:
-            self.prefill(*zip(*group))
+            self.prefill(group)
 
-    def prefill(self, slots, prompts):
-        """Put the keys and values of `prompts`, padded to a common length, into the cache. Padding
-        comes last, where causal attention lets no real token see it."""
-        longest = max(map(len, prompts))
+    def prefill(self, places):
+        """Put the keys and values of prompts, {prompt: slots}, into the cache. They are padded to a
+        common length. Padding comes last, where causal attention lets no real token see it."""
+        longest = max(map(len, places))
         if self.device.type == "cuda":
             longest = math.ceil(longest / TILE) * TILE
-        padded = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
-        tokens = torch.tensor(padded, device=self.device)  # (b, S)
-        slots = torch.tensor(slots, device=self.device)
-        last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)
-        config, sequence = self.model.config, torch.arange(len(prompts), device=self.device)
-        attention, recent = {}, {}
+        padded = [prompt + (0,) * (longest - len(prompt)) for prompt in places]
+        source = [number for number, slots in enumerate(places.values()) for _ in slots]
+        slots = [slot for slots in places.values() for slot in slots]
+        last = [len(prompt) - 1 for prompt, slots in places.items() for _ in slots]
+        numbers = padded, source, slots, last  # tokens (b, S), the others per slot
+        tokens, source, slots, last = (torch.tensor(x, device=self.device) for x in numbers)
+        config, attention, recent = self.model.config, {}, {}
         for window in (config.sliding_window, None):
             options = self.device, self.model.embedding.weight.dtype, config.head_dim
             attention[window] = choose_attention(longest, window, None, *options)
             if fast.choose_kernel(window, None, *options) == "dense":
                 attention[window] = functools.partial(attention_in_parts, window=window)
             if window:
-                recent[window] = ring_positions(last, window).clamp(min=0)  # (b, window)
+                recent[window] = ring_positions(last, window).clamp(min=0)  # (slots, window)
 
         def attend(layer, q, k, v, sinks):
             window = config.window(layer)
             for room, new in (self.keys[layer], k), (self.values[layer], v):  # new (b, S, K, D)
                 if window:
-                    room[slots] = new[sequence[:, None], recent[window]].transpose(1, 2)
+                    room[slots] = new[source[:, None], recent[window]].transpose(1, 2)
                 else:
-                    room[slots, :, :longest] = new[:, : self.capacity].transpose(1, 2)
+                    room[slots, :, :longest] = new[source, : self.capacity].transpose(1, 2)
             return attention[window](q, k, v, sinks)
 
         forward(self.model, tokens, torch.arange(longest, device=self.device), attend)

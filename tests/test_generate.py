@@ -93,14 +93,19 @@ def test_prompts_pass_the_model_in_groups(monkeypatch):
     expected = tokens_of(generate(model, prompts, 9))
     prefill = Decoder.prefill
 
-    def noted(decoder, slots, prompts):
-        groups.append([len(prompt) for prompt in prompts])
-        prefill(decoder, slots, prompts)
+    def noted(decoder, places):
+        groups.append([len(prompt) for prompt in places])
+        prefill(decoder, places)
 
     monkeypatch.setattr(Decoder, "prefill", noted)
     monkeypatch.setattr(module, "PREFILL_TOKENS", 30)
     assert tokens_of(generate(model, prompts, 9)) == expected
     assert groups == [[1, 6, 7], [22], [39]]  # each prompt without its last token, padded within 30
+    groups.clear()
+    many = [prompt for prompt in prompts for _ in range(3)]  # equal ones pass it once
+    answers = tokens_of(generate(model, many, 9, seeds=[i // 3 for i in range(len(many))]))
+    assert answers == [tokens for tokens in expected for _ in range(3)]
+    assert groups == [[1, 6, 7], [22], [39]]
 
 
 @pytest.mark.parametrize("H, K, T", [(6, 3, 9), (4, 1, 1)])
