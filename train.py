@@ -17,6 +17,8 @@ This file computes the gradient and the update; what stands around them is in lo
 
 import os
 
+from loop import patience
+
 # Read when torch is imported. Segments that can grow leave fewer holes in a GPU's memory.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
@@ -38,16 +40,22 @@ from torch.distributed.fsdp import (
 import fast
 import sample
 import sp
+from fast import say
+from folders import exists
 from loop.budget import adds_in_bf16
-from loop.guards import Stop, describe_bad_step, fail, hold, keep_pulse, meeting_point
+from loop.checks import check_new, check_run
+from loop.guards import Stop, Watch, describe_bad_step, fail, hold, meeting_point
 from loop.log import Log
 from loop.memory import HostMemory, ReduceScatter, SplitAdamW
-from loop.options import check_files, check_new, check_ranks, model_config, parse
+from loop.options import parse
 from loop.plan import dry_run
 from loop.rehearse import rehearse
-from loop.states import Progress, States, fill_state, identity, trained
+from loop.states import Progress, States, identity, trained
 from model import GPTOSS, IGNORED
 from weights import COMPANIONS, HF_CONFIG, copy_companions, load_weights, save_weights
+
+EVAL_TOKENS = 2**21  # of held-out data in an evaluation, at most
+BAD_STEPS = 5  # a run ends after this many skipped updates in a row
 
 # --------------------------------------------------------------------------------------------------
 # Ranks, model, optimizer
@@ -72,7 +80,6 @@ def start_ranks(options):
         device_id=device if cuda else None,
         **meeting_point(options.timeout),
     )
-    keep_pulse()
 
     def mesh(names, *shape):
         return init_device_mesh(device.type, shape, mesh_dim_names=names)
@@ -80,6 +87,10 @@ def start_ranks(options):
     ranks = dist.get_world_size()
     sp.init(mesh(("batch", "sp"), ranks // options.sp, options.sp)["sp"])
     return device, mesh(("replica", "shard"), options.replicas, ranks // options.replicas)
+
+
+def computed_in(device):
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def build_model(options, config, device, mesh, dtype):
@@ -128,7 +139,7 @@ def build_optimizer(options, model):
         {"params": matrices, "weight_decay": options.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    settings = {"lr": options.lr, "betas": (options.beta1, options.beta2)}
+    settings = {"lr": options.lr, "betas": (0.9, 0.95)}
     if options.optimizer == "split":
         return SplitAdamW(groups, **settings)
     return torch.optim.AdamW(groups, **settings, fused=True)
@@ -147,12 +158,11 @@ def scale_gradients_(model, factor):
 
 
 def learning_rate(options, step):
-    """Linear warm-up, then half a cosine from lr down to final_lr * lr."""
+    """Linear warm-up, then half a cosine down to a tenth of lr."""
     if step < options.warmup_steps:
         return options.lr * (step + 1) / options.warmup_steps
     done = (step - options.warmup_steps) / max(1, options.steps - options.warmup_steps)
-    cosine = (1 + math.cos(math.pi * done)) / 2
-    return options.lr * (options.final_lr + (1 - options.final_lr) * cosine)
+    return options.lr * (0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -185,8 +195,8 @@ def all_sum(*numbers, device):
 
 @torch.no_grad()
 def evaluate(options, model, data, device):
-    """Mean loss over the first eval_rows sequences of `data`, the same on any number of ranks."""
-    last = min(options.eval_rows, data.sequences_per_epoch)
+    """Mean loss over the first EVAL_TOKENS of `data`, the same on any number of ranks."""
+    last = min(math.ceil(EVAL_TOKENS / options.seq_len), data.sequences_per_epoch)
     together = dist.get_world_size() // options.sp * options.micro_batch  # sequences at a time
     loss, count, one = 0, 0, torch.ones((), device=device)
     for mine in my_sequences(options, 0, math.ceil(last / together) * together):
@@ -203,29 +213,28 @@ def evaluate(options, model, data, device):
 
 
 def train(options):
-    # what can be wrong is found by each rank alone, before they meet
-    config, ranks = model_config(options), int(os.environ.get("WORLD_SIZE", 1))
-    check_ranks(options, config, ranks)
-    data, held_out = check_files(options, config)
-    folder, first = Path("runs") / options.name, os.environ.get("RANK", "0") == "0"
-    if first:
+    # what can be wrong is found by each rank alone, before the ranks meet
+    options, config, data, held_out = check_run(options)
+    folder = Path("runs") / options.name
+    if os.environ.get("RANK", "0") == "0":
         hold(folder)
         check_new(options)  # again: another run of this name may have held the folder until now
-
+    watch = Watch(options)
     device, mesh = start_ranks(options)
-    stop = Stop()
-    automatic = "bfloat16" if device.type == "cuda" else "float32"
-    dtype = getattr(torch, automatic if options.dtype == "auto" else options.dtype)
+
+    states = States(folder / "states", options, identity(options, config, data))
+    at = states.newest() if options.resume else Progress()
+    if at.step > options.steps or (at.ended(options) and exists(folder / "model")):
+        say(f"{folder} has ended after step {at.step - 1}: nothing is left to do")
+        return leave(watch)
+    dtype = computed_in(device)
     model = build_model(options, config, device, mesh, dtype)
     optimizer = build_optimizer(options, model)
-    fill_state(optimizer)
+    states.attach(model, optimizer, at)
+    log = Log(options, model, folder, device, data, held_out, at.step)
+    stop, watch.in_loop = Stop(), True
 
-    who = identity(options, config, data)
-    states = States(folder / "states", options.keep, model, optimizer, who)
-    at = (states.resume() if options.resume else None) or Progress()
-    log = Log(options, model, folder, device, data, at.step)
-
-    while at.step < options.steps:
+    while not at.ended(options):
         # the gradient of the mean loss over all counted targets of the step, on all ranks together
         log.begin()
         indices = my_sequences(options, at.step * options.batch_size, options.batch_size)
@@ -257,56 +266,79 @@ def train(options):
                 f"step {at.step}: loss {loss}, gradient norm {norm}: "
                 f"update skipped, {at.skipped} in a row"
             )
-            if at.skipped == options.bad_steps:
-                raise FloatingPointError(describe_bad_step(model, at.step, options))
+            if at.skipped == BAD_STEPS:
+                raise FloatingPointError(describe_bad_step(model, at, options))
         optimizer.zero_grad()
         at.step += 1
 
         # log, save, evaluate
         last = at.step == options.steps or asked > 0
         log.step(batches, step=at.step - 1, loss=loss, grad_norm=norm, lr=lr, show=last)
-        saves = asked or (options.save_every and (at.step % options.save_every == 0 or last))
-        if saves and not options.rehearse:
-            stall = states.save(at)
-            log.say(f"saving the state after step {at.step - 1}, stalled {stall:.2f} s")
+        if (asked and not options.rehearse) or at.due(options.save_every, last):
+            states.save(at)
         if asked and at.step < options.steps:
             break
-        if held_out and options.eval_every and (at.step % options.eval_every == 0 or last):
-            log.evaluation(at.step - 1, evaluate(options, model, held_out, device))
+        if held_out and at.due(options.eval_every, last):
+            loss = evaluate(options, model, held_out, device)
+            better = at.judge(loss)
+            log.evaluation(at, loss, better)
+            states.evaluated(at, loss, better)
 
     states.wait()
     if options.rehearse:
-        return
-    if at.step < options.steps:
-        log.say(f"asked to stop: --resume=true goes on after step {at.step - 1}")
+        return leave(watch)
+    if at.ended(options):
+        save_model(options, model, folder, dtype, states)
     else:
-
-        def write_config(path):
-            config.to_json(path)
-            if options.checkpoint:
-                copy_companions(Path(options.checkpoint), path.parent, (*COMPANIONS, HF_CONFIG))
-
-        save_weights(model, folder / "model", dtype, write_config)
-        log.say(f"weights are in {folder / 'model'}")
+        log.say(f"asked to stop: --resume goes on after step {at.step - 1}")
     log.plot()
-    if options.sample and at.step == options.steps:
-        sp.init(None)  # the first rank alone
-        if first:
-            sample.write(
-                folder,
-                options.sample,
-                chat=False,
-                max_tokens=options.sample_tokens,
-                temperature=0.8,
-                device=device,
-            )
+    leave(watch)
+
+
+def save_model(options, model, folder, dtype, states):
+    """Write runs/NAME/model: the trained weights, or with keep_best those of the best state."""
+    (step, loss), which = states.best() if options.keep_best else (None, None), ""
+    if step:
+        states.load(step, {name: p.detach() for name, p in trained(model).items()})
+        which = f": the best ones, of step {step - 1}, held out {loss:.4f}"
+
+    def write_config(path):
+        model.config.to_json(path)
+        if options.checkpoint:
+            copy_companions(Path(options.checkpoint), path.parent, (*COMPANIONS, HF_CONFIG))
+
+    try:
+        save_weights(model, folder / "model", dtype, write_config)
+    except OSError as error:
+        raise OSError(f"cannot write {folder / 'model'}: {error}") from None
+    say(f"weights are in {folder / 'model'}{which}")
+
+
+def leave(watch):
     dist.barrier()
+    watch.end()  # from here on a rank may be silent
     dist.destroy_process_group()
+
+
+def write_sample(options):
+    """Continue the prompt `sample` with the model in runs/NAME/model, on the first rank, once
+    training has freed its memory. If that fails, the run has ended well all the same."""
+    folder = Path("runs") / options.name
+    if os.environ.get("RANK", "0") != "0" or not exists(folder / "model"):
+        return
+    sp.init(None)
+    torch.cuda.empty_cache()
+    try:
+        sample.write(folder, options.sample, chat=False, max_tokens=200, temperature=0.8)
+    except (Exception, SystemExit) as error:
+        print(f"no sample was written: {type(error).__name__}: {error}", flush=True)
 
 
 def main():
     options = None
+    patience.over()
     try:
+        sys.stdout.reconfigure(errors="replace")  # an ASCII terminal shows what it can
         options = parse(sys.argv[1:], usage=__doc__.split("\n\n")[1])
         with nullcontext() if options.fast else fast.plain():
             if options.dry_run:
@@ -315,6 +347,8 @@ def main():
                 rehearse(options, train)
             else:
                 train(options)
+                if options.sample:
+                    write_sample(options)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except Exception as error:

@@ -1,20 +1,21 @@
-"""Teach the model of configs/tiny.py to answer: which of Python's keywords does what. A minute on a laptop, no download.
+"""Teach the model of configs/tiny.py to answer which of Python's keywords does what. A minute on a
+laptop, no download.
 
-torchrun --nproc_per_node 2 train.py configs/tiny.py                  # the model to start from, runs/tiny/model
-python configs/finetune_chat.py data/chat.jsonl                       # writes the chats: see the end of this file
+torchrun --nproc_per_node 2 train.py configs/tiny.py  # the model to start from, runs/tiny/model
+python configs/finetune_chat.py data/chat.jsonl       # writes the chats: see the end of this file
 python data.py data/chat.jsonl --out data/chat --tokenizer=bytes
 torchrun --nproc_per_node 2 train.py configs/finetune_chat.py
 python sample.py runs/finetune_chat "Which keyword goes through a list?" --chat --temperature=0
 
-Five chats are kept back, to ask afterwards. The real model is tuned by the same commands: convert_hf.py brings
-checkpoint = "checkpoints/gpt-oss-20b", whose tokenizer is data.py's default.
+Five chats are held back, to ask afterwards. The real model is fine-tuned by the same commands, with
+checkpoint = "checkpoints/gpt-oss-20b" from convert_hf.py and data.py's default tokenizer.
 """
 
 checkpoint = "runs/tiny/model"
 data = "data/chat"
 
 seq_len = 288  # two chats
-batch_size, micro_batch = 8, 4  # 2,304 tokens a step, half of them on each rank
+batch_size, micro_batch = 8, 4  # 2,304 tokens per step, half of them on each rank
 recompute = "none"
 
 steps = 180
@@ -23,7 +24,7 @@ log_every = 20
 
 
 def _chats():
-    """(question, answer) of each chat. A row of `ways` and a row of `keywords` meet in every combination."""
+    """(question, answer) of each chat: every way to ask, about every keyword."""
     ways = [
         "Which keyword {}?",
         "Name the keyword that {}.",
@@ -60,14 +61,12 @@ if __name__ == "__main__":  # python configs/finetune_chat.py FILE
     from pathlib import Path
 
     if len(sys.argv) != 2:
-        raise SystemExit(
-            "say where the chats shall go: python configs/finetune_chat.py data/chat.jsonl"
-        )
+        raise SystemExit("name the file to write: python configs/finetune_chat.py data/chat.jsonl")
     path = Path(sys.argv[1])
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
         for number, (question, answer) in enumerate(_chats()):
-            if number % 11 != 5:  # those are kept back
+            if number % 11 != 5:  # the others are held back
                 messages = [
                     {"role": "user", "content": question},
                     {"role": "assistant", "content": answer},

@@ -1,21 +1,27 @@
-"""gpt-oss-120b, every parameter trained, on rows of 65,536 tokens, on two nodes of eight 141 GB GPUs.
+"""gpt-oss-120b, every parameter trained, on sequences of 65,536 tokens, on two nodes of eight
+141 GB GPUs.
 
-python train.py configs/gptoss_120b.py --dry_run=true --checkpoint= --num_hidden_layers=36 --num_experts=128
-on each node: torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py configs/gptoss_120b.py
+python train.py configs/gptoss_120b.py --dry_run
+on each node: torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d \\
+    --rdzv_endpoint HOST:29500 train.py configs/gptoss_120b.py
 """
 
 checkpoint = "checkpoints/gpt-oss-120b"
+num_hidden_layers, num_experts = 36, 128  # as in the checkpoint, for a dry run without it
 data = "data/corpus"
 
 ranks = 16
-sp = 2  # neighbours in a node share each row: 32,768 of its tokens, and in attention half of the heads, each
+# Neighbours in a node share each sequence: 32,768 of its tokens each, and in attention half of the
+# heads.
+sp = 2
 seq_len = 64 * 1024
-batch_size = 8  # 524,288 tokens a step = 1 micro-batch x 8 groups x 1 row x 65,536 tokens: weights are gathered once
+# 524,288 tokens per step = 1 micro-batch x 8 groups x 1 sequence x 65,536 tokens: FSDP gathers the
+# weights once
+batch_size = 8
 micro_batch = 1
 
-optimizer = (
-    "split"  # 1.17 TB over sixteen GPUs: 73 GB each; a copy a node (replicas = 2) would need 146
-)
+# 1.17 TB over sixteen GPUs: 73 GB each; one copy per node (replicas = 2) would need 146
+optimizer = "split"
 recompute = "attention"  # 109 GiB of 140 by the dry run
 
 steps = 200

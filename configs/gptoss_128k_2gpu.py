@@ -1,4 +1,5 @@
-"""gpt-oss-20b, every parameter trained, on rows of its full 131,072-token context, on two 141 GB GPUs.
+"""gpt-oss-20b, every parameter trained, on sequences of its full 131,072-token context, on two
+141 GB GPUs.
 
 torchrun --nproc_per_node 2 train.py configs/gptoss_128k_2gpu.py
 """
@@ -7,14 +8,15 @@ checkpoint = "checkpoints/gpt-oss-20b"
 data = "data/corpus"
 
 ranks = 2
-sp = 2  # both share each row: 65,536 tokens and half of the heads each
+sp = 2  # both share each sequence: 65,536 tokens and half of the heads each
 seq_len = 128 * 1024
-batch_size = 4  # 524,288 tokens a step = 4 micro-batches x 1 group x 1 row x 131,072 tokens
+batch_size = 4  # 524,288 tokens per step = 4 micro-batches x 1 group x 1 sequence x 131,072 tokens
 micro_batch = 1
 
-optimizer = "split"  # 10 bytes a parameter with an exact fp32 master: 105 GB each; 16 would be 167
+# 10 bytes per parameter with an exact fp32 master: 105 GB each; 16 would be 167
+optimizer = "split"
 recompute = "attention"
-offload = True  # from the second micro-batch on the gradients are there too
+offload = True  # from the second micro-batch on, gradients take memory too
 
 steps = 200
 lr, warmup_steps = 1e-5, 20

@@ -1,4 +1,5 @@
-"""gpt-oss-20b, every parameter trained, on rows of 65,536 tokens, on one node of eight 80 GB GPUs.
+"""gpt-oss-20b, every parameter trained, on sequences of 65,536 tokens, on one node of eight 80 GB
+GPUs.
 
 python convert_hf.py openai/gpt-oss-20b
 python data.py corpus.jsonl --out data/corpus
@@ -9,15 +10,16 @@ checkpoint = "checkpoints/gpt-oss-20b"
 data = "data/corpus"
 
 ranks = 8
-# Pairs share each row: 32,768 of its tokens, and in attention half of the heads, each. At sp = 8 it would take 54 GiB a GPU, and 8
-# micro-batches instead of 2, for each of which FSDP gathers all weights anew.
+# Pairs share each sequence: 32,768 of its tokens each, and in attention half of the heads. At
+# sp = 8 a GPU would need 54 GiB, but a step would have 8 micro-batches instead of 2, and FSDP
+# gathers all weights for each of them.
 sp = 2
 seq_len = 64 * 1024
-batch_size = 8  # 524,288 tokens a step = 2 micro-batches x 4 groups x 1 row x 65,536 tokens
+batch_size = 8  # 524,288 tokens per step = 2 micro-batches x 4 groups x 1 sequence x 65,536 tokens
 micro_batch = 1
 
 optimizer = "fp32"  # 335 GB over eight GPUs: 42 GB each
-recompute = "attention"  # 65 GiB of 80 by the dry run
+recompute = "attention"  # 64 GiB of 80 by the dry run
 
 steps = 200
 lr, warmup_steps = 1e-5, 20

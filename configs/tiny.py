@@ -1,13 +1,11 @@
-"""A real GPT-OSS, small enough for a laptop: 1.9 M parameters learn the language reference that ships inside every Python.
+"""A real GPT-OSS, small enough for a laptop: 1.9 M parameters learn the language reference that
+ships inside every Python.
 
 torchrun --nproc_per_node 2 train.py configs/tiny.py
 """
 
-data, eval_data = (
-    "pydoc",
-    "pydoc-val",
-)  # bytes: the vocabulary is 256 of them and an end-of-document token
-vocab_size = 257
+data, eval_data = "pydoc", "pydoc-val"
+vocab_size = 257  # 256 bytes and an end-of-document token
 
 num_hidden_layers = 4
 hidden_size = 128
@@ -20,7 +18,7 @@ max_position_embeddings = 1024
 
 ranks = sp = 2  # both ranks share every sequence
 seq_len = 256
-batch_size = micro_batch = 16  # 4,096 tokens a step
+batch_size = micro_batch = 16  # 4,096 tokens per step
 recompute = "none"
 
 steps = 180

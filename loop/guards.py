@@ -1,8 +1,9 @@
-"""What keeps a long run safe, each called by its name in train.py: it stops politely, it has its folder to itself, and when one
-rank fails they all end, with one message."""
+"""What keeps a long run safe: it stops when asked, has its folder to itself, notices lost ranks,
+and ends with one message when one rank fails."""
 
 import atexit
 import fcntl
+import json
 import math
 import os
 import signal
@@ -13,29 +14,25 @@ import time
 import traceback
 from contextlib import suppress
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-PULSE = 1  # seconds from beat to beat
-ROLL_CALL = 4  # seconds in which a rank that lives has a pulse
+PULSE = 1  # seconds between beats
+ROLL_CALL = 4  # seconds in which a living rank has a pulse
 
 
 class Stop:
-    """`asked` is set by SIGTERM and SIGUSR1, which schedulers send, by Ctrl-C, and by the end of torchrun: finish the step, save,
-    leave. A second Ctrl-C ends the process at once."""
+    """`asked` becomes true on SIGTERM or SIGUSR1, which schedulers send, on Ctrl-C, and when
+    torchrun is gone: finish the step, save, leave. A second Ctrl-C ends the process at once."""
 
     def __init__(self):
-        self.signalled, self.launcher = (
-            False,
-            os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None,
-        )
+        self.signalled = False
+        # A handler in Python waits until the main thread has left PyTorch; a thread that reads the
+        # signals' numbers from a socket does not.
         self.ear, self.mouth = socket.socketpair()
         self.mouth.setblocking(False)
-        signal.set_wakeup_fd(
-            self.mouth.fileno()
-        )  # a handler in Python waits until the main thread has left PyTorch
+        signal.set_wakeup_fd(self.mouth.fileno())
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, lambda *_: None)
         threading.Thread(target=self.listen, daemon=True).start()
@@ -44,23 +41,25 @@ class Stop:
         while number := self.ear.recv(1):
             if self.signalled and number[0] == signal.SIGINT:
                 os._exit(128 + signal.SIGINT)
-            self.signalled = self.signalled or number[0] in (
-                signal.SIGTERM,
-                signal.SIGUSR1,
-                signal.SIGINT,
-            )
+            asking = number[0] in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+            self.signalled = self.signalled or asking
 
     @property
     def asked(self):
-        return self.signalled or self.launcher not in (
-            None,
-            os.getppid(),
-        )  # a rank without its torchrun has a new parent
+        return self.signalled or is_orphan()
+
+
+LAUNCHER = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+
+def is_orphan():
+    """Whether the torchrun that started this rank is gone: a rank without it has a new parent."""
+    return LAUNCHER not in (None, os.getppid())
 
 
 def hold(folder, patience=10):
-    """Make `folder` this process's own until it ends, however it ends. ValueError if for `patience` seconds, which a killed run
-    may take to vanish, it is another's."""
+    """Make `folder` this process's own until it ends, however it ends. ValueError if it belongs to
+    another process for `patience` seconds, which a killed run may take to vanish."""
     folder.mkdir(parents=True, exist_ok=True)
     handle, deadline = os.open(folder, os.O_RDONLY), time.monotonic() + patience
     while True:
@@ -69,59 +68,21 @@ def hold(folder, patience=10):
         except BlockingIOError:
             if time.monotonic() > deadline:
                 raise ValueError(
-                    f"{folder} belongs to a run that is still going on: stop it, or choose another --name"
+                    f"{folder} is in use by a run that is still going: stop it, or choose "
+                    "another --name"
                 ) from None
             time.sleep(0.2)
         except OSError:
             return None  # some network file systems have no locks
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The end of a run that failed
-
-
-def fail(error, options):
-    """Say what went wrong, in one line if it is the user's to mend and as a traceback if not, and end this rank at once: a thread
-    that waits for other ranks must not keep it alive. Of ranks that fail alike one speaks."""
-    store = torchrun_store()
-    lost = isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and "gloo" in str(error)
-    )
-    if lost:
-        text = f"error: {describe_lost(store) if store else 'another rank died or hangs'} ({str(error).splitlines()[0]})"
-    elif isinstance(error, torch.OutOfMemoryError):
-        text = f"error: rank {os.environ.get('RANK', 0)}: {str(error).splitlines()[0]}\n{memory_advice(options)}"
-    elif (
-        isinstance(error, OSError)
-        and options
-        and any(Path("runs", options.name, "states").glob("step-*"))
-    ):
-        text = f"error: {error} (mend it, then --name={options.name} --resume=true goes on)"
-    elif isinstance(error, (ValueError, OSError, FloatingPointError)):
-        text = f"error: {error}"
-    else:
-        text = "".join(traceback.format_exception(error)).rstrip()
-    if first_to_say("" if lost else text, store):
-        print(text, file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1)
-
-
-def first_to_say(text, store):
-    """Whether no other rank has said this; and of the empty text, whether none has said anything."""
-    if store is None:
-        return (
-            dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0"
-        )  # before they meet, ranks fail alike
-    said = "said/" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    others = store.add(said, 1) - 1
-    return store.add(f"{said}/{text}", 1) == 1 if text else others == 0
+# --------------------------------------------------------------------------------------------------
+# The store in which ranks meet, and their pulses in it
 
 
 def torchrun_store(seconds=12):
-    """The key-value store through which ranks met, kept by torchrun, or by the first rank once it runs. None if out of reach.
-    PyTorch looks up names as it connects: 12 seconds outlast a name server that is silent twice."""
+    """The key-value store of torchrun, or of the first rank once it runs; None if it cannot be
+    reached. Connecting looks up a name: 12 seconds outlast a name server that is silent twice."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and not dist.is_initialized():
         return None
     try:
@@ -131,88 +92,167 @@ def torchrun_store(seconds=12):
         return None
 
 
+def attempt():
+    """torchrun keeps one store for all restarts of a run. What a failed attempt left there would
+    mislead the next one, so each attempt has keys of its own."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
 def meeting_point(seconds):
-    """For init_process_group: where the ranks meet. torchrun keeps one store for all restarts of a run, in which what a failed
-    attempt left would mislead the next one: each has keys of its own."""
+    """Arguments for init_process_group: where the ranks meet."""
     if "RANK" not in os.environ:
         return {"rank": 0, "world_size": 1, "store": dist.HashStore()}
     if store := torchrun_store(seconds):
-        store = dist.PrefixStore(
-            "attempt/" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store
-        )
         return {
             "rank": int(os.environ["RANK"]),
             "world_size": int(os.environ["WORLD_SIZE"]),
-            "store": store,
+            "store": dist.PrefixStore(f"attempt/{attempt()}", store),
         }
     return {}
 
 
 def pulse_key(rank):
-    return f"pulse/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{rank}"
+    return f"pulse/{attempt()}/{rank}"
 
 
-def keep_pulse():
-    """Count in the store, every PULSE seconds, from a thread that runs whatever the others wait for."""
-    ended = threading.Event()
+class Watch:
+    """A thread that counts in the store, every PULSE seconds and whatever the other threads wait
+    for, and watches that the next rank does the same.
 
-    def beat(store, key):
-        with suppress(RuntimeError):  # there is no store any more
-            while not ended.wait(PULSE):
-                store.add(key, 1)
+    The process ends, with a message, when the next rank has been silent for `timeout` seconds,
+    whatever is waited for; and when torchrun is gone before the loop asks Stop about it."""
 
-    def end():
-        ended.set()
-        thread.join(ROLL_CALL)  # no longer, should the store hang
+    def __init__(self, options):
+        self.options, self.ended, self.in_loop = options, threading.Event(), False
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+        # Python, as it ends, would stop the thread inside PyTorch's C++, which aborts the process.
+        atexit.register(self.end)
 
-    if store := torchrun_store():
-        thread = threading.Thread(
-            target=beat, args=(store, pulse_key(dist.get_rank())), daemon=True
-        )
-        thread.start()
-        atexit.register(
-            end
-        )  # or Python, as it ends, stops the thread inside PyTorch's C++, which aborts the process
+    def run(self):
+        if "RANK" not in os.environ:
+            return
+        rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        store, gone = None, False
+        heard, silent = None, 0  # counted in beats: a suspended job hears nothing and is not lost
+        while not self.ended.wait(PULSE):
+            if is_orphan() and not self.in_loop:
+                if os.environ["LOCAL_RANK"] == "0":
+                    print("error: torchrun is gone, before the first step", file=sys.stderr)
+                os._exit(1)
+            store = store or (None if gone else torchrun_store())
+            if store is None:
+                continue
+            try:
+                store.add(pulse_key(rank), 1)
+                pulse = store.add(pulse_key((rank + 1) % ranks), 0)
+            except RuntimeError:
+                store, gone = None, True
+                continue
+            heard, silent = pulse, 0 if pulse != heard else silent + PULSE
+            if silent > self.options.timeout:
+                fail(dist.DistError(f"no pulse for {silent} s"), self.options)
+
+    def end(self):
+        self.ended.set()
+        self.thread.join(ROLL_CALL)  # no longer, should the store hang
+
+
+# --------------------------------------------------------------------------------------------------
+# The end of a run that failed
+
+
+def fail(error, options):
+    """Say what went wrong and end this rank at once: a thread that waits for other ranks must not
+    keep it alive. One line for what the user can fix, a traceback for a bug. If ranks fail alike,
+    one of them speaks."""
+    store = torchrun_store()
+    from_gloo = isinstance(error, RuntimeError) and "gloo" in str(error)
+    lost = isinstance(error, dist.DistError) or from_gloo
+    first_line = (str(error).splitlines() or [""])[0]
+    if lost:
+        text = f"error: {describe_lost(store) if store else 'another rank died or hangs'}"
+        text += f" ({first_line})"
+    elif out_of_memory(error):
+        rank = os.environ.get("RANK", 0)
+        text = f"error: rank {rank}: {first_line}\n{memory_advice(options)}"
+    elif isinstance(error, (ValueError, OSError, FloatingPointError)):
+        text = f"error: {error}"
+    else:
+        text = "".join(traceback.format_exception(error)).rstrip()
+    if first_to_say("" if lost else text, store):
+        with suppress(OSError):
+            print(text, file=sys.stderr)
+    tell_torchrun(text)
+    with suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(1)
+
+
+def out_of_memory(error):
+    refused = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or refused
+
+
+def tell_torchrun(text):
+    """torchrun prints some thirty lines of its own after ours; this puts ours at their end too."""
+    with suppress(OSError, KeyError):
+        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        report = {"message": {"message": text, "extraInfo": extra}}
+        with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w") as file:
+            json.dump(report, file)
+
+
+def first_to_say(text, store):
+    """True if this rank is the first to report `text`, or, for an empty text, to report at all."""
+    if store is None:  # before they meet, ranks fail alike
+        return dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0"
+    said = f"said/{attempt()}"
+    others = store.add(said, 1) - 1
+    return store.add(f"{said}/{text}", 1) == 1 if text else others == 0
 
 
 def describe_lost(store):
-    """Which ranks have no pulse, from a rank of which a collective operation failed."""
+    """Which ranks have no pulse, found by a rank of which a collective operation failed."""
     try:
         keys = [pulse_key(rank) for rank in range(int(os.environ["WORLD_SIZE"]))]
         before = [store.add(key, 0) for key in keys]
         time.sleep(ROLL_CALL)
-        silent = [str(rank) for rank, key in enumerate(keys) if store.add(key, 0) == before[rank]]
+        silent = [rank for rank, key in enumerate(keys) if store.add(key, 0) == before[rank]]
+        # this rank lives, even if the thread that beats for it is the one that asks
+        silent = [str(rank) for rank in silent if rank != int(os.environ["RANK"])]
     except RuntimeError:
         silent = ["0"]  # which kept the store
     return f"rank {', '.join(silent)} died or hangs" if silent else "ranks lost each other"
 
 
 def memory_advice(options):
-    """The options that still have memory to give, the cheapest first."""
+    """The options that can still save memory, the cheapest first."""
     advice = [
         (options.keep_blocks > 0 and options.recompute != "none", "a smaller --keep_blocks"),
         (options.recompute == "none", "--recompute=attention"),
         (options.micro_batch > 1, "a smaller --micro_batch"),
-        (options.optimizer == "fp32", "--optimizer=split (10 bytes a parameter instead of 16)"),
-        (not options.offload, "--offload=true --keep_blocks=0 (blocks' inputs to host memory)"),
+        (options.optimizer == "fp32", "--optimizer=split (10 bytes per parameter instead of 16)"),
+        (not options.offload, "--offload --keep_blocks=0 (blocks' inputs to host memory)"),
         (options.recompute == "attention", "--recompute=all"),
         (True, "a larger --sp over more GPUs, or a shorter --seq_len"),
     ]
     return "out of memory: try " + ", then ".join(text for applies, text in advice if applies)
 
 
-def describe_bad_step(model, step, options):
-    """Which batch and which parameters have the numbers that are not finite, for the one who looks for the cause."""
+def describe_bad_step(model, at, options):
+    """The batch and the parameters with numbers that are not finite, for whoever looks for the
+    cause."""
     norms = {
         name: p.grad.norm().full_tensor().item()
         for name, p in model.named_parameters()
         if p.grad is not None
     }
-    worst = sorted(
-        norms.items(), key=lambda item: -item[1] if math.isfinite(item[1]) else -math.inf
-    )[:5]
-    rows = f"rows {step * options.batch_size} to {(step + 1) * options.batch_size - 1} of {options.data}"
+    norms = dict(sorted(norms.items(), key=lambda item: -item[1] if item[1] < math.inf else -1e99))
+    largest = ", ".join(f"{name} {norm:.3g}" for name, norm in list(norms.items())[:5])
+    first = at.step * options.batch_size
     return (
-        f"{options.bad_steps} updates in a row were not finite; step {step}, {rows}; largest gradients: "
-        + ", ".join(f"{name} {norm:.3g}" for name, norm in worst)
+        f"{at.skipped} updates in a row were not finite; step {at.step}, sequences {first} to "
+        f"{first + options.batch_size - 1} of {options.data}; largest gradients: {largest}"
     )

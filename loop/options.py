@@ -1,366 +1,381 @@
-"""Every option of train.py, with its default and its meaning; how they are read; what must hold before a run may start.
+"""Every option of train.py, with its default and its meaning, and how options are read.
 
-A config file is Python that assigns some of them, `seq_len = 64 * 1024`; --name=value on the command line comes after it.
-A config file is code, so run only those you trust.
+A config file is Python that assigns some of them, `seq_len = 64 * 1024`. Options on the command
+line win over it: --name=value, --name value, or --name alone for a switch.
 """
 
 import dataclasses
 import difflib
-import importlib.util
 import math
-import os
 import runpy
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
-import torch
-
-from data import TokenData
-from loop.memory import check_betas
-from model import GPTOSS, GPTOSSConfig
-from tokenizer import get_tokenizer
-from weights import open_weights, weight_files
+from fast import say
+from folders import exists
+from model import GPTOSSConfig
+from weights import find_model
 
 
 def option(default, meaning):
     return field(default=default, metadata={"meaning": meaning})
 
 
+def heading(text, default, meaning):
+    """An option that begins a part of --help."""
+    return field(default=default, metadata={"meaning": meaning, "heading": text})
+
+
 @dataclass
 class Options(GPTOSSConfig):
-    """Everything that can be set. The sizes of a model that starts from random weights are GPTOSSConfig's fields."""
+    """Everything that can be set. GPTOSSConfig's fields are the sizes of a model that starts from
+    random weights."""
 
-    name: str = option("", "the run: its files go to runs/NAME; empty: the config file's name")
-    resume: bool = option(False, "go on from the run's newest saved state, if it has one")
-    seed: int = option(0, "of the random weights and the order of the data")
-    checkpoint: str = option(
-        "", "weights folder to start from, as convert_hf.py makes it; empty: random weights"
-    )
-    # data
-    data: str = option("pydoc", "token folder made by data.py, or a built-in corpus")
-    eval_data: str = option("", "the same, held out")
-    seq_len: int = option(1024, "tokens of a row")
-    batch_size: int = option(8, "rows of a step, over all ranks")
-    micro_batch: int = option(1, "rows that pass a rank's model at a time")
-    long_documents: str = option("cut", "documents longer than a row: cut into rows, or drop")
-    # optimization
+    name: str = heading("The run", "", "files go to runs/NAME; empty: the config file's name")
+    resume: bool = option(False, "continue from the run's newest saved state, if there is one")
     steps: int = option(100, "updates of the weights")
-    lr: float = option(1e-5, "highest learning rate")
-    final_lr: float = option(0.1, "the last learning rate, as a share of the highest")
-    warmup_steps: int = option(
-        10, "steps over which the learning rate rises; then it falls as a cosine"
-    )
-    weight_decay: float = option(0.0, "of matrices; norms, biases and sinks are left alone")
-    beta1: float = option(0.9, "Adam's memory of the gradient")
-    beta2: float = option(0.95, "Adam's memory of its square")
-    grad_clip: float = option(1.0, "largest norm of the gradient; 0: no limit")
-    bad_steps: int = option(
-        5, "stop after so many updates in a row were skipped because a number was not finite"
-    )
-    # parallelism and memory
-    sp: int = option(
-        1,
-        "ranks that share each sequence; the key-value heads and they must divide one way or the other",
-    )
-    replicas: int = option(1, "copies of the sharded model, one a node for example (HSDP)")
-    dtype: str = option("auto", "of the computation: bfloat16, float32, or auto: bfloat16 on a GPU")
-    optimizer: str = option(
-        "fp32",
-        "fp32: 16 bytes a parameter; split: 10, as exact but for bf16 moments; bf16: 8, loses small updates",
-    )
-    recompute: str = option(
-        "all",
-        "activations made again in the backward: none; all; attention: all but attention's output",
-    )
-    keep_blocks: int = option(
-        0, "the last so many blocks recompute nothing: for memory that is left over"
-    )
-    offload: bool = option(
-        False, "keep the blocks' inputs in host memory between forward and backward"
-    )
-    # evaluation, saving, output
-    eval_every: int = option(0, "steps between evaluations, the last step always; 0: never")
-    eval_rows: int = option(32, "rows of an evaluation")
-    save_every: int = option(
-        0, "steps between saved states, the last step always; 0: only when the run is told to stop"
-    )
-    keep: int = option(2, "saved states that stay")
-    log_every: int = option(1, "steps between log lines")
+    epochs: float = option(0.0, "passes over the data, instead of steps")
+    seed: int = option(0, "of random weights and of the order of the data")
+    dry_run: bool = option(False, "print what the run will need per GPU, and leave; needs no GPU")
+    rehearse: bool = option(False, "measure some steps as one of --ranks ranks on this GPU")
+
+    checkpoint: str = heading("Model and data", "", "weights to start from; empty: random weights")
+    data: str = option("pydoc", "corpus: a folder written by data.py, or pydoc, built in")
+    seq_len: int = option(1024, "tokens per sequence")
+    batch_size: int = option(8, "sequences per step, over all ranks")
+    micro_batch: int = option(1, "sequences that pass a rank's model at a time")
+
+    lr: float = heading("Optimization", 1e-5, "highest learning rate; ends at a tenth of it")
+    warmup_steps: int = option(10, "steps in which the learning rate rises; then half a cosine")
+    weight_decay: float = option(0.0, "of matrices; norms, biases and sinks have none")
+    grad_clip: float = option(1.0, "largest gradient norm; 0: no limit")
+    optimizer: str = option("fp32", "AdamW. fp32: 16 bytes per parameter; split: 10, moments bf16")
+
+    ranks: int = heading("GPUs and memory", 1, "of a dry run or a rehearsal; torchrun's count wins")
+    gpu_gib: float = option(0.0, "memory of the GPUs of a dry run; 0: that of this machine's")
+    gbps: float = option(350.0, "GB/s that each GPU of a rehearsal is taken to send")
+    sp: int = option(1, "ranks that share each sequence (Ulysses)")
+    replicas: int = option(1, "copies of the sharded model, one per node for example (HSDP)")
+    recompute: str = option("all", "activations the backward recomputes: none, attention or all")
+    keep_blocks: int = option(0, "last blocks that recompute nothing; raise while memory allows")
+    offload: bool = option(False, "keep the blocks' inputs in host memory until the backward")
+    fast: bool = option(True, "the fast twins of fast.py; false: model.py's plain definitions")
+    deterministic: bool = option(False, "bitwise equal on every run, and slower")
+    timeout: int = option(600, "seconds after which ranks stop waiting for each other")
+
+    eval_data: str = heading("Evaluation, saving, output", "", "held-out corpus; empty: DATA-val")
+    eval_every: int = option(0, "steps between evaluations; the last step always; 0: never")
+    stop_after: int = option(0, "end after this many evaluations in a row without a better one")
+    save_every: int = option(0, "steps between saved states; 0: only if the run is told to stop")
+    keep: int = option(2, "undamaged saved states that stay")
+    keep_best: bool = option(False, "also keep the state of the lowest held-out loss; it is model/")
+    log_every: int = option(1, "steps between lines on the screen")
     sample: str = option("", "prompt to continue when the run has ended")
-    sample_tokens: int = option(200, "tokens of that sample")
-    wandb: bool = option(False, "mirror the metrics to Weights & Biases")
-    fast: bool = option(True, "the fast twins of fast.py; false: the model's plain definitions")
-    dry_run: bool = option(False, "print what the run will need, per GPU, and leave; needs no GPU")
-    rehearse: bool = option(
-        False, "measure a few steps as one of --ranks ranks on this GPU; under torchrun as all"
-    )
-    ranks: int = option(1, "ranks of a dry run or a rehearsal, where torchrun does not say")
-    gpu_gib: float = option(0.0, "memory of the GPUs that a dry run is for; 0: that of this one")
-    gbps: float = option(350.0, "GB/s that a GPU of a rehearsal is taken to send")
-    deterministic: bool = option(False, "bitwise the same on every run, and slower")
-    timeout: int = option(600, "seconds after which ranks give up waiting for each other")
+    wandb: bool = option(False, "send the metrics to Weights & Biases too")
 
     def __post_init__(self):
         super().__post_init__()
-        choices = {
-            "long_documents": ("cut", "drop"),
-            "dtype": ("auto", "bfloat16", "float32"),
-            "optimizer": ("fp32", "split", "bf16"),
-            "recompute": ("none", "all", "attention"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}"
-                )
-        may_be_zero = (
-            "seed",
-            "final_lr",
-            "warmup_steps",
-            "weight_decay",
-            "beta1",
-            "beta2",
-            "grad_clip",
-            "keep_blocks",
-            "eval_every",
-            "save_every",
-            "gpu_gib",
-        )
+        for name, allowed in CHOICES.items():
+            if (value := getattr(self, name)) not in allowed:
+                choices = f"choose one of {', '.join(allowed)}"
+                raise ValueError(REMOVED.get(f"{name}={value}") or f"{name}={value!r}: {choices}")
         for f in dataclasses.fields(self):
-            value, zero = getattr(self, f.name), f.name in may_be_zero
+            value, zero = getattr(self, f.name), f.name in MAY_BE_ZERO
             if f.type in (int, float) and not (0 < value < math.inf or (zero and value == 0)):
-                raise ValueError(
-                    f"{f.name}={value!r} must be {'zero or ' if zero else ''}positive, and finite"
-                )
-        if max(self.beta1, self.beta2) >= 1:
-            raise ValueError(f"beta1={self.beta1} and beta2={self.beta2} must be less than 1")
-        if self.optimizer != "fp32":
-            check_betas(self.beta1, self.beta2)
+                wanted = "zero or positive" if zero else "positive"
+                raise ValueError(f"{f.name}={short(value)} must be {wanted}, and finite")
+            if f.type is int and value >= 2**31:
+                raise ValueError(f"{f.name}={short(value)} must be less than 2147483648")
         if self.offload and (self.recompute == "none" or self.keep_blocks):
             raise ValueError(
-                f"offload=True moves the blocks' inputs, and recompute={self.recompute}, keep_blocks={self.keep_blocks} keep "
-                "more than those: choose recompute=attention or all, and keep_blocks=0"
+                f"offload=True moves the blocks' inputs, but recompute={self.recompute}, "
+                f"keep_blocks={self.keep_blocks} keep more than those: "
+                "choose recompute=attention or all, and keep_blocks=0"
             )
-        if self.seed >= 2**31:
-            raise ValueError(f"seed={self.seed} must be less than 2147483648")
+        for name in ("keep_best", "stop_after"):
+            if getattr(self, name) and not self.eval_every:
+                value = getattr(self, name)
+                raise ValueError(f"{name}={value} compares evaluations: set --eval_every too")
         if Path(self.name).name != self.name or self.name == "..":
             raise ValueError(
                 f"name={self.name!r} must be a plain name: the run's files go to runs/NAME"
             )
 
 
+CHOICES = {"optimizer": ("fp32", "split"), "recompute": ("none", "attention", "all")}
+MAY_BE_ZERO = {"epochs", "eval_every", "gpu_gib", "grad_clip", "keep_blocks", "save_every", "seed"}
+MAY_BE_ZERO |= {"stop_after", "warmup_steps", "weight_decay"}
+
+REMOVED = {  # options of earlier versions, and what to do now
+    "beta1": "beta1 is fixed at 0.9 now: leave it out",
+    "beta2": "beta2 is fixed at 0.95 now: leave it out",
+    "bad_steps": "bad_steps is fixed at 5 now: leave it out",
+    "dtype": "dtype is bfloat16 on a GPU and float32 on a CPU now: leave it out",
+    "eval_rows": "eval_rows is gone: an evaluation takes all held-out data, up to 2M tokens",
+    "final_lr": "final_lr is fixed at 0.1 of lr now: leave it out",
+    "long_documents": "long_documents is gone: what is longer than seq_len is cut, never dropped",
+    "sample_tokens": "sample_tokens is fixed at 200 now; sample.py writes more",
+    "optimizer=bf16": "optimizer=bf16 is gone, because it loses small updates: choose split",
+}
+
+SAME = {  # what other programs call our options
+    "accumulate_grad_batches": "batch_size",
+    "activation_checkpointing": "recompute",
+    "block_size": "seq_len",
+    "clip_grad": "grad_clip",
+    "context_length": "seq_len",
+    "context_parallel_size": "sp",
+    "dataset": "data",
+    "d_model": "hidden_size",
+    "eval_interval": "eval_every",
+    "eval_steps": "eval_every",
+    "grad_accum": "batch_size",
+    "gradient_accumulation_steps": "batch_size",
+    "gradient_checkpointing": "recompute",
+    "learning_rate": "lr",
+    "log_interval": "log_every",
+    "logging_steps": "log_every",
+    "max_grad_norm": "grad_clip",
+    "max_iters": "steps",
+    "max_length": "seq_len",
+    "max_seq_len": "seq_len",
+    "max_steps": "steps",
+    "micro_batch_size": "micro_batch",
+    "model": "checkpoint",
+    "model_name_or_path": "checkpoint",
+    "n_embd": "hidden_size",
+    "n_head": "num_attention_heads",
+    "n_layer": "num_hidden_layers",
+    "num_epochs": "epochs",
+    "num_experts_per_tok": "experts_per_token",
+    "num_iterations": "steps",
+    "num_layers": "num_hidden_layers",
+    "num_local_experts": "num_experts",
+    "num_train_epochs": "epochs",
+    "out_dir": "name",
+    "output_dir": "name",
+    "per_device_train_batch_size": "micro_batch",
+    "save_steps": "save_every",
+    "save_total_limit": "keep",
+    "sequence_length": "seq_len",
+    "train_data": "data",
+    "val_data": "eval_data",
+    "warmup_iters": "warmup_steps",
+}
+
+NONE = {  # what people look for and GPT-OSS, or this program, does not have
+    "dropout": "GPT-OSS has none",
+    "compile": "what gains by it is compiled anyway; --fast=false turns it off",
+}
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading
+
+
 def parse(arguments, usage):
-    """Options from a config file and --name=value, in that order. ValueError names what is wrong and what is near it."""
-    meanings = {f.name: f for f in dataclasses.fields(Options)}
+    """Options from a config file and the command line, in that order. ValueError names what is
+    wrong and what was probably meant."""
     if "--help" in arguments or "-h" in arguments:
-        print(usage + "\n")
-        for f in meanings.values():
-            print(
-                f"  --{f.name}={f.default}".ljust(36)
-                + f.metadata.get("meaning", "a size of the model, see GPTOSSConfig")
-            )
+        print(help_text(usage))
         raise SystemExit
-    given, files = {}, [a for a in arguments if not a.startswith("-")]
+    files, typed = split_arguments(arguments)
     if len(files) > 1:
+        listed = " ".join(files)
         raise ValueError(
-            f"one config file, not {len(files)}: {' '.join(files)}; options are written --name=value"
+            f"one config file, not {len(files)}: {listed}; write options as --name=value"
         )
+    assigned = {}
     for path in files:
         if not Path(path).is_file():
-            raise ValueError(
-                f"config file {path} does not exist; those that come with the project are in configs/"
-            )
-        given |= run_config(path)
-    for argument in arguments:
-        if argument.startswith("-"):
-            name, equals, value = argument[2:].partition("=")
-            if not equals or not argument.startswith("--"):
-                raise ValueError(f"{argument}: write --name=value")
-            given[name] = (
-                read_value(name, value, meanings[name].type) if name in meanings else value
-            )
-    for name, value in given.items():
-        if name not in meanings:
-            near = difflib.get_close_matches(name, meanings, 1)
-            raise ValueError(
-                f"there is no option {name}"
-                + (f"; did you mean {near[0]}?" if near else "; see --help")
-            )
-        wanted = meanings[name].type
-        if type(value) is not wanted and not (wanted is float and type(value) is int):
-            raise ValueError(
-                f"{name}={value!r} must be of type {wanted.__name__}, not {type(value).__name__}"
-            )
+            raise ValueError(f"config file {path} does not exist; this project's are in configs/")
+        assigned = run_config(path)
+    for name, value in {**assigned, **typed}.items():
+        check_option(name, value)
+    given = {**assigned, **typed}
+    for one, other in ("steps", "epochs"), ("epochs", "steps"):
+        if one in typed and other not in typed:
+            given.pop(other, None)  # the command line's wins over the config file's
+    if "steps" in given and given.get("epochs"):
+        raise ValueError(f"steps={given['steps']} and epochs={given['epochs']}: give one of them")
+    other_data = "data" in typed and typed["data"] != assigned.get("data")
+    if other_data and "eval_data" in assigned and "eval_data" not in typed:
+        forget_held_out(given, typed)
     given["name"] = given.get("name") or (Path(files[0]).stem if files else "run")
     return Options(**given)
 
 
-def run_config(path):
-    """What a config file assigns, but for names with an underscore in front and modules."""
-    try:
-        assigned = runpy.run_path(path)
-    except Exception as error:  # whatever the file does
-        raise ValueError(f"config file {path}: {type(error).__name__}: {error}") from None
-    return {
-        k: v for k, v in assigned.items() if not k.startswith("_") and not isinstance(v, ModuleType)
-    }
+def split_arguments(arguments):
+    """The config files among the arguments, and {option: value} of the rest."""
+    kinds = {f.name: f.type for f in dataclasses.fields(Options)}
+    files, typed, rest = [], {}, list(arguments)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word[2:].partition("=")
+        if not word.startswith("-"):
+            files.append(word)
+            continue
+        if not word.startswith("--") or not name:
+            raise ValueError(f"{short(word, str)}: write --name=value")
+        if name not in kinds:
+            check_option(name, value)
+        if not equals and kinds[name] is bool:
+            switch = rest and rest[0].lower() in ("true", "false")
+            value = rest.pop(0) if switch else "true"
+        elif not equals:
+            if not rest or rest[0].startswith("--"):
+                raise ValueError(f"--{name} needs a value: --{name}=...")
+            value = rest.pop(0)
+        typed[name] = read_value(name, value, kinds[name])
+    return files, typed
 
 
 def read_value(name, text, kind):
     try:
         return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
     except (ValueError, KeyError):
-        raise ValueError(
-            f"--{name}={text}: expected {'true or false' if kind is bool else kind.__name__}"
-        ) from None
+        wanted = "true or false" if kind is bool else kind.__name__
+        raise ValueError(f"--{name}={short(text, str)}: expected {wanted}") from None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What must hold before a run may start
+def check_option(name, value):
+    """ValueError unless there is an option `name` that takes `value`."""
+    kinds = {f.name: f.type for f in dataclasses.fields(Options)}
+    if name in kinds:
+        kind = kinds[name]
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            found = f"{name}={short(value)} must be of type {kind.__name__}"
+            raise ValueError(f"{found}, not {type(value).__name__}")
+        return
+    if name in REMOVED:
+        raise ValueError(REMOVED[name])
+    key = name.replace("-", "_")
+    if key in NONE:
+        raise ValueError(f"there is no option {name}: {NONE[key]}")
+    near = difflib.get_close_matches(key, [*kinds, *SAME], 1, cutoff=0.8)
+    meant = SAME.get(near[0], near[0]) if near else None
+    if near and key in SAME:
+        raise ValueError(f"there is no option {name}; here it is called {meant}")
+    hint = f"; did you mean {meant}?" if meant else "; see --help"
+    raise ValueError(f"there is no option {short(name, str)}{hint}")
+
+
+def run_config(path):
+    """What a config file assigns, without modules and names that begin with an underscore."""
+    try:
+        assigned = runpy.run_path(path)
+    except (Exception, SystemExit) as error:  # whatever the file does
+        raise ValueError(f"config file {path}: {type(error).__name__}: {error}") from None
+    return {
+        k: v for k, v in assigned.items() if not k.startswith("_") and not isinstance(v, ModuleType)
+    }
+
+
+def forget_held_out(given, typed):
+    """The held-out text of a config file does not judge a run on other data."""
+    text, data = given.pop("eval_data"), given["data"]
+    if own := own_held_out(data):
+        say(f"held out: {own} instead of the config file's {text}, because of --data={data}")
+    elif "eval_every" not in typed and given.pop("eval_every", 0):
+        say(f"held out: nothing. The config file's {text} does not go with --data={data}")
+
+
+def own_held_out(data):
+    """The held-out corpus that belongs to `data`, or ""."""
+    builtin = data == "pydoc"
+    return f"{data}-val" if builtin or exists(Path(f"{data}-val") / "meta.json") else ""
+
+
+def short(value, show=repr):
+    text = show(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def help_text(usage):
+    """Every option under its heading; the sizes of the model last."""
+    lines, sizes = [usage, ""], {f.name for f in dataclasses.fields(GPTOSSConfig)}
+    for f in dataclasses.fields(Options):
+        if f.name not in sizes:
+            if "heading" in f.metadata:
+                lines += ["", f.metadata["heading"]]
+            lines.append(f"  --{f.name}={f.default}".ljust(26) + f.metadata["meaning"])
+    lines += ["", "Sizes of a model that starts from random weights (the defaults are the 20b's)"]
+    for f in dataclasses.fields(GPTOSSConfig):
+        lines.append(f"  --{f.name}={f.default}")
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------------
+# Sizes and ranks
 
 
 def model_config(options):
+    """The sizes of the model: the checkpoint's, or else those of the options. Sizes may be stated
+    beside a checkpoint if they are its own: a dry run can then do without the checkpoint. Its
+    positions can be set."""
     sizes = {f.name: getattr(options, f.name) for f in dataclasses.fields(GPTOSSConfig)}
+    stated, defaults = GPTOSSConfig(**sizes), dataclasses.asdict(GPTOSSConfig())
+    weights = 3 * stated.hidden_size * stated.intermediate_size * stated.num_experts
+    parameters = stated.num_hidden_layers * weights + stated.vocab_size * stated.hidden_size
+    if parameters > 1e14:
+        raise ValueError(
+            f"num_hidden_layers={stated.num_hidden_layers} and the other sizes make a model of "
+            f"{parameters:.0e} parameters: choose smaller ones"
+        )
     if not options.checkpoint:
-        return GPTOSSConfig(**sizes)
-    positions = sizes.pop("max_position_embeddings")  # may be set, for more than it was trained on
-    usual = dataclasses.asdict(GPTOSSConfig())
-    if sizes != {name: usual[name] for name in sizes}:
-        raise ValueError(
-            f"checkpoint={options.checkpoint} brings its own sizes: leave those of the model alone"
+        return stated
+    if options.dry_run and not exists(options.checkpoint):
+        say(
+            f"{options.checkpoint} does not exist: planned for {stated.num_hidden_layers} layers "
+            f"of {stated.num_experts} experts, as the options say"
         )
-    path = Path(options.checkpoint) / "config.json"
-    if (path.parent / "metrics.jsonl").exists():
-        raise ValueError(
-            f"checkpoint={options.checkpoint} is a run's folder: its weights, once it has ended, are in {path.parent / 'model'}"
-        )
-    if not path.exists():
-        raise ValueError(
-            f"checkpoint={options.checkpoint}: {path} does not exist; convert_hf.py makes checkpoints/NAME, and a run's weights "
-            "are in runs/NAME/model; with --checkpoint= they are random"
-        )
-    config = GPTOSSConfig.from_json(path)
-    if positions != usual["max_position_embeddings"]:
-        config.max_position_embeddings = positions
+        return stated
+    config = GPTOSSConfig.from_json(find_checkpoint(options) / "config.json")
+    positions = sizes.pop("max_position_embeddings")
+    if positions != defaults["max_position_embeddings"]:
+        config.max_position_embeddings = positions  # may be more than the model was trained on
+    for name, value in sizes.items():
+        if value not in (defaults[name], getattr(config, name)):
+            raise ValueError(
+                f"{name}={value}, but checkpoint={options.checkpoint} has {getattr(config, name)}: "
+                "leave the model's sizes to the checkpoint"
+            )
     return config
+
+
+def find_checkpoint(options):
+    """The folder with the weights of `checkpoint`, which may be a run: then it is its model/."""
+    try:
+        return find_model(options.checkpoint).weights
+    except ValueError as error:
+        raise ValueError(f"{error} (with --checkpoint= the weights are random)") from None
 
 
 def check_ranks(options, config, ranks):
     """ValueError if the options do not divide among the ranks."""
-    if ranks % (options.sp * options.replicas):
+    sp, replicas = options.sp, options.replicas
+    if ranks % (sp * replicas):
         raise ValueError(
-            f"sp={options.sp} times replicas={options.replicas} must divide the number of ranks, {ranks}: start more "
-            "by torchrun --nproc_per_node, in a dry run by --ranks, or choose a smaller --sp"
+            f"sp={sp} times replicas={replicas} must divide the number of ranks, {ranks}: start "
+            "more with torchrun --nproc_per_node (dry run: --ranks), or choose a smaller --sp"
         )
-    rows = ranks // options.sp * options.micro_batch
-    if options.batch_size % rows:
+    together = ranks // sp * options.micro_batch
+    if options.batch_size % together:
         raise ValueError(
-            f"batch_size={options.batch_size} must be a multiple of {rows} = {ranks} ranks / sp x micro_batch"
+            f"batch_size={options.batch_size} must be a multiple of {together} = "
+            f"{ranks} ranks / sp {sp} x micro_batch {options.micro_batch}"
         )
-    if options.seq_len % options.sp:
-        raise ValueError(f"sp={options.sp} must divide seq_len={options.seq_len}")
+    if options.seq_len % sp:
+        raise ValueError(f"sp={sp} must divide seq_len={options.seq_len}")
     if options.seq_len > config.max_position_embeddings:
         raise ValueError(
-            f"seq_len={options.seq_len} is longer than the model's {config.max_position_embeddings} positions"
+            f"seq_len={options.seq_len} is longer than the model's "
+            f"{config.max_position_embeddings} positions (max_position_embeddings)"
         )
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    if heads % options.sp or (kv_heads % options.sp and options.sp % kv_heads):
+    if heads % sp or (kv_heads % sp and sp % kv_heads):
         raise ValueError(
-            f"sp={options.sp} must divide num_attention_heads={heads}, and divide num_key_value_heads={kv_heads} "
-            f"or be a multiple of it"
+            f"sp={sp} must divide num_attention_heads={heads}, and divide or be a multiple of "
+            f"num_key_value_heads={kv_heads}"
         )
-
-
-def check_new(options):
-    """ValueError if the run's folder holds a run, unless this one goes on with it and can."""
-    run = Path("runs") / options.name
-    if (run / "model").exists() and not any((run / "states").glob("step-*")):
-        raise ValueError(
-            f"{run} already holds a run, which has ended and kept no state to go on from: --name=... starts another"
-        )
-    if (run / "metrics.jsonl").exists() and not options.resume:
-        raise ValueError(
-            f"{run} already holds a run: --resume=true goes on with it, --name=... starts another"
-        )
-
-
-def check_folder(options):
-    """ValueError if the run's folder cannot be written."""
-    run = Path("runs") / options.name
-    place = next(path for path in (run, *run.parents) if path.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise ValueError(
-            f"{run}: cannot be written in {place.absolute()}: start in another folder, "
-            "or choose another --name"
-        )
-
-
-def check_files(options, config):
-    """The data and the held-out data, or None, of a run that has what it needs. ValueError if it has not: found by every rank
-    alone, before they meet and before a GPU has work."""
-    check_new(options)
-    check_folder(options)
-    gpus, wanted = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if options.offload and not gpus:
-        raise ValueError(
-            "offload=True needs a GPU: without one there is no other memory than the host's"
-        )
-    in_fp32 = options.dtype == "float32" or (options.dtype == "auto" and not gpus)
-    for name in ("hidden_size", "intermediate_size"):
-        if getattr(config, name) % (4 if in_fp32 else 8):
-            size = f"{name}={getattr(config, name)} must be a multiple of {4 if in_fp32 else 8}"
-            raise ValueError(
-                f"{size}: grouped matmuls want rows of 16 bytes, and the computation is in {'fp32' if in_fp32 else 'bf16'}"
-            )
-    if 0 < gpus < wanted:
-        raise ValueError(
-            f"--nproc_per_node {wanted}: this machine has {gpus} GPUs, and each rank needs one"
-        )
-    if options.eval_every and not options.eval_data:
-        raise ValueError(
-            f"eval_every={options.eval_every} has nothing to evaluate: name a corpus, --eval_data=..., or set it to 0"
-        )
-    if options.wandb and not importlib.util.find_spec("wandb"):
-        raise ValueError("wandb=True: install it with `pip install wandb`, or leave the option out")
-    if options.checkpoint:
-        layers, tensors = config.num_hidden_layers, len(weight_files(options.checkpoint))
-        if layers > tensors:  # and do not build it: a forged number would fill the memory
-            raise ValueError(
-                f"{options.checkpoint}: config.json speaks of {layers} layers, the index of {tensors} tensors"
-            )
-        with torch.device("meta"):
-            wanted = dict(GPTOSS(config).named_parameters())
-        open_weights(wanted, options.checkpoint)
-    order = {
-        "seed": options.seed,
-        "long_documents": options.long_documents,
-        "vocab_size": config.vocab_size,
-    }
-    data = TokenData(options.data, options.seq_len, **order)
-    if data.sequences_per_epoch < options.batch_size:
-        raise ValueError(
-            f"data={options.data} fills {data.sequences_per_epoch} sequences of seq_len={options.seq_len}, which is less than a step's "
-            f"batch_size={options.batch_size}: use more data, or make one of the two smaller"
-        )
-    if options.checkpoint and data.vocab_size != config.vocab_size:
-        raise ValueError(
-            f"data={options.data} was encoded by {data.tokenizer} with a vocabulary of {data.vocab_size}, but "
-            f"checkpoint={options.checkpoint} has one of {config.vocab_size}: encode it with the tokenizer it was trained with"
-        )
-    held_out = TokenData(options.eval_data, options.seq_len, **order) if options.eval_data else None
-    if held_out and held_out.tokenizer != data.tokenizer:
-        raise ValueError(
-            f"eval_data={options.eval_data} was encoded by {held_out.tokenizer}, but data={options.data} by {data.tokenizer}: "
-            f"encode both with one"
-        )
-    if options.sample:
-        length, context = (
-            len(get_tokenizer(data.tokenizer).encode(options.sample)),
-            config.max_position_embeddings,
-        )
-        if length >= context:
-            raise ValueError(
-                f"sample={options.sample[:20]!r}...: {length} tokens, of which the model takes at most {context - 1}"
-            )
-    return data, held_out

@@ -22,8 +22,9 @@ import torch.distributed as dist
 
 from data import TokenData
 from loop.budget import GIB
+from loop.checks import check_folder
 from loop.guards import memory_advice
-from loop.options import check_folder, check_ranks, model_config
+from loop.options import check_ranks, model_config
 from loop.plan import peak, settings_of
 from model import GPTOSSConfig
 from tokenizer import TOKENIZERS
@@ -178,9 +179,8 @@ def random_corpus(folder, tokens, vocab_size):
 
 def data_of(options, config, folder):
     """The name of a corpus to rehearse with, and words about it: options.data, if it can serve."""
-    settings = {"vocab_size": config.vocab_size, "long_documents": options.long_documents}
     try:
-        data = TokenData(options.data, options.seq_len, **settings)
+        data = TokenData(options.data, options.seq_len, vocab_size=config.vocab_size)
         if data.sequences_per_epoch >= options.batch_size:
             return options.data, options.data
         reason = f"it fills fewer than {options.batch_size} sequences"
@@ -249,7 +249,11 @@ def rehearse(options, train):
             steps=2 if options.seq_len > LONG else STEPS,
             warmup_steps=STEPS,
             resume=False,
+            epochs=0.0,
             eval_every=0,
+            save_every=0,
+            stop_after=0,
+            keep_best=False,
             sample="",
             wandb=False,
             log_every=1,
@@ -258,8 +262,6 @@ def rehearse(options, train):
         try:
             with nullcontext() if real else stand_in(ranks), signals_restored():
                 train(run)
-            if real:
-                dist.destroy_process_group()
         except torch.OutOfMemoryError:
             raise ValueError(
                 f"rehearsal as one of {ranks} ranks: {memory_advice(options)}"

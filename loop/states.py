@@ -1,12 +1,15 @@
 """The saved states of a training run.
 
-A state is what the ranks hold, one file per rank, written by torch.distributed.checkpoint, which
-hands it back to any number of ranks. state.json beside the files has the plain numbers, and the
-size and checksum of every file.
+A state is a folder, step-00000100 for the state after 100 steps: what the ranks hold, one file per
+rank, written by torch.distributed.checkpoint, which hands it back to any number of ranks; and
+state.json, with the plain numbers and the size and checksum of every file.
 """
 
 import dataclasses
 import json
+import math
+import os
+import re
 import shutil
 import time
 import zlib
@@ -18,7 +21,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from weights import first_rank, publish
+from folders import Aside, exists, sweep, sync
+from weights import first_rank
+
+SECONDS_TO_CHECK = 1800  # for which ranks wait while the first one reads checksums
 
 
 @dataclasses.dataclass
@@ -28,16 +34,26 @@ class Progress:
     step: int = 0  # steps done
     updates: int = 0  # of which updated the weights
     skipped: int = 0  # updates skipped in a row until now
+    best: float | None = None  # lowest held-out loss until now, nats per token
+    waited: int = 0  # evaluations since then
+
+    def ended(self, options):
+        """Whether the run has done its steps, or waited long enough for a better evaluation."""
+        return self.step >= options.steps or 0 < options.stop_after <= self.waited
+
+    def due(self, every, last):
+        """Whether what happens `every` so many steps, 0: never, and in the last one is due."""
+        return every > 0 and (self.step % every == 0 or last)
+
+    def judge(self, loss):
+        """Count an evaluation. True if it is the best so far."""
+        better = math.isfinite(loss) and (self.best is None or loss < self.best)
+        self.best, self.waited = (loss, 0) if better else (self.best, self.waited + 1)
+        return better
 
 
-# what may not change when a run goes on, beside the model's sizes and the data
-FIXED = ("data", "seed", "seq_len", "batch_size", "long_documents", "optimizer")
-
-
-def identity(options, config, data):
-    """What makes a run this run: a state of one is not continued by another."""
-    same = {name: getattr(options, name) for name in FIXED}
-    return dataclasses.asdict(config) | same | {"tokens in data": data.tokens}
+# --------------------------------------------------------------------------------------------------
+# What a state holds
 
 
 def trained(model):
@@ -79,124 +95,259 @@ def training_state(model, optimizer):
     return tensors
 
 
+# --------------------------------------------------------------------------------------------------
+# Which run a state belongs to
+
+
+def identity(options, config, data):
+    """What makes a run this run: a state of one is not continued by another."""
+    same = {name: getattr(options, name) for name in ("seed", "seq_len", "batch_size", "optimizer")}
+    corpus = {"data": options.data, "tokens in data": data.tokens}
+    corpus["content of data"] = data.identity
+    return dataclasses.asdict(config) | same | corpus
+
+
+def check_same_run(folder, was, now):
+    """ValueError if the run in `folder`, whose state has the identity `was`, cannot continue as one
+    with the identity `now`. Either may lack what its version did not know."""
+    if was.get("long_documents", "cut") != "cut":
+        raise ValueError(f"{folder} dropped long documents, which is gone: --name=... starts anew")
+    names = [name for name in now if name in was and was[name] != now[name]]
+    if "content of data" in was and "content of data" not in names:
+        names = [name for name in names if name != "data"]  # the same corpus elsewhere
+    if names:
+        changed = ", ".join(f"{n} was {was[n]!r} and is {now[n]!r}" for n in names)
+        raise ValueError(
+            f"{folder} cannot continue with other settings: {changed}; --name=... starts another"
+        )
+
+
+# --------------------------------------------------------------------------------------------------
+# Saving, finding and loading states
+
+
+def saved_states(folder):
+    """{step: folder} of the states in `folder`, the newest first. What else lies there, such as
+    step-00000100.backup, is not a state. OSError if the folder is there but cannot be read."""
+    if not exists(folder):
+        return {}
+    names = [re.fullmatch(r"step-(\d{8,})", name) for name in os.listdir(folder)]
+    steps = sorted((int(match[1]) for match in names if match), reverse=True)
+    return {step: state_folder(folder, step) for step in steps}
+
+
+def state_folder(folder, step):
+    return Path(folder) / f"step-{step:08d}"
+
+
 class States:
-    """The saved states of a run: folders step-00000100 in `folder`, of which the last `keep` stay.
+    """The states of a run in `folder`. The `keep` newest undamaged ones stay, and, with keep_best,
+    the one with the lowest held-out loss.
 
     save() copies the tensors to host memory and returns; a thread writes them while training goes
     on. What goes wrong on one rank is an OSError on all."""
 
-    def __init__(self, folder, keep, model, optimizer, identity):
-        self.folder, self.keep, self.identity = Path(folder), keep, identity
-        self.optimizer, self.tensors = optimizer, training_state(model, optimizer)
-        self.pending = None
-        # The thread's own group, because its messages must not mix with the loop's; and a patient
-        # one, because the first rank reads checksums.
-        self.group = dist.new_group(backend="gloo", timeout=timedelta(minutes=30))
+    def __init__(self, folder, options, identity):
+        self.folder, self.options, self.identity = Path(folder), options, identity
+        # step of the last state, and of the last one on the disk; what is being written
+        self.saved, self.written, self.pending = None, None, []
+        self.good, self.held_out = set(), {}  # steps known to be undamaged; {step: held-out loss}
+        # The thread's own group, because its messages must not mix with the loop's.
+        patience = timedelta(seconds=SECONDS_TO_CHECK)
+        self.group = dist.new_group(backend="gloo", timeout=patience)
         self.thread = ThreadPoolExecutor(1)
-        if first_rank():
-            for left in self.folder.glob(".step-*"):  # by a run that was killed while it saved
-                shutil.rmtree(left)
 
-    def complete(self):
-        """The folders of complete states, the oldest first."""
-        return sorted(self.folder.glob("step-*")) if self.folder.exists() else []
-
-    def save(self, at):
-        """Save the state after `at.step` steps. Returns the seconds for which training waited.
-        OSError if its folder cannot be made, or if the previous state could not be written."""
-        self.wait()
-        start, folder = time.perf_counter(), self.folder / f"step-{at.step:08d}"
-        aside, failure = folder.with_name(f".{folder.name}.partial"), None
+    def from_first(self, function):
+        """What function() returns on the first rank; its ValueError or OSError, on all ranks."""
+        told = [None, None]
         if first_rank():
             try:
-                aside.mkdir(parents=True)
+                told[0] = function()
+            except ValueError as error:
+                told[1] = ValueError(str(error))
             except OSError as error:
-                failure = f"cannot save {folder}: {error}"
-        self.agree(failure)  # and no rank writes before the folder is there
+                told[1] = OSError(str(error))
+        dist.broadcast_object_list(told, src=0, group=self.group)
+        answer, failure = told
+        if failure:
+            raise failure
+        return answer
+
+    # ---- finding
+
+    def newest(self):
+        """The Progress of the newest undamaged state, or of a new run if there is no state.
+        ValueError if all are damaged, or of another run. OSError if they cannot be read."""
+        numbers = self.from_first(self._newest)
+        if numbers is None:
+            return Progress()
+        check_same_run(self.folder.parent, numbers["identity"], self.identity)
+        names = {f.name for f in dataclasses.fields(Progress)}
+        self.saved = self.written = numbers["step"]
+        return Progress(**{name: value for name, value in numbers.items() if name in names})
+
+    def _newest(self):
+        """The numbers of the newest undamaged state; None if there is no state."""
+        damaged, newest = [], None
+        sweep(self.folder, "step-*")
+        for step, folder in saved_states(self.folder).items():
+            numbers, damage = examine(folder, files=newest is None)
+            if numbers and newest is None:
+                newest = numbers
+                self._know(numbers)
+            elif numbers and "held_out" in numbers:
+                self.held_out[step] = numbers["held_out"]
+            elif damage and newest is None:
+                damaged.append(f"{folder.name} ({damage})")
+                print(f"warning: the state {folder} is damaged ({damage})", flush=True)
+        if damaged and not newest:
+            raise ValueError(
+                f"{self.folder}: all states are damaged, {', '.join(damaged)}: "
+                "remove the folder to begin again"
+            )
+        return newest
+
+    def _know(self, numbers):
+        """Remember an undamaged state. One that was saved while updates were being skipped may be
+        the state of a run that is lost: it takes no other's place."""
+        if not numbers["skipped"]:
+            self.good.add(numbers["step"])
+        if "held_out" in numbers:
+            self.held_out[numbers["step"]] = numbers["held_out"]
+
+    def best(self):
+        """(step, held-out loss) of the undamaged state with the lowest; (None, None) without."""
+        return self.from_first(self._best)
+
+    def _best(self):
+        for step in sorted(self.held_out, key=self.held_out.get):
+            if examine(state_folder(self.folder, step))[0]:
+                return step, self.held_out[step]
+        return None, None
+
+    # ---- loading
+
+    def attach(self, model, optimizer, at):
+        """Save and load this model and this optimizer from now on. Load the state of `at`, if it
+        is not the beginning."""
+        fill_state(optimizer)
+        self.tensors = training_state(model, optimizer)
+        if at.step:
+            self.load(at.step, self.tensors)
+            count_updates(optimizer, at.updates)
+
+    def load(self, step, tensors):
+        """Fill {name: tensor} from the state after `step` steps."""
+        folder = state_folder(self.folder, step)
+        try:
+            reader = dcp.HuggingFaceStorageReader(str(folder))
+            dcp.load(tensors, storage_reader=reader, process_group=self.group)
+        except dcp.CheckpointException as error:
+            raise OSError(f"cannot load {folder}: {reason(error)}") from None
+
+    # ---- saving
+
+    def save(self, at):
+        """Save the state after `at.step` steps. OSError if its folder cannot be made, or if the
+        previous state could not be written."""
+        self.wait()
+        start, folder = time.perf_counter(), state_folder(self.folder, at.step)
+        work = Aside(folder, replace=True) if first_rank() else None
+        try:
+            aside = self.from_first(lambda: work.begin())
+        except (ValueError, OSError) as error:
+            raise self.cannot_save(folder, error) from None
         writer = dcp.HuggingFaceStorageWriter(path=str(aside), save_distributed=True)
         written = dcp.async_save(self.tensors, storage_writer=writer, process_group=self.group)
         numbers = dataclasses.asdict(at) | {"identity": self.identity}
-        self.pending = self.thread.submit(self._publish, written, aside, folder, numbers)
-        return time.perf_counter() - start
+        self.pending.append((folder, self.thread.submit(self._publish, written, work, numbers)))
+        self.saved = at.step
+        if first_rank():
+            stalled = time.perf_counter() - start
+            print(f"saving the state after step {at.step - 1}, stalled {stalled:.2f} s", flush=True)
 
-    def _publish(self, written, aside, folder, numbers):
+    def _publish(self, written, work, numbers):
         """Make a state visible once all ranks have written it. Returns what went wrong, or None."""
         try:
             written.result()
-            if first_rank():
-                files = sorted(aside.glob("*.safetensors"))
+            if work:
+                files = sorted(work.aside.glob("*.safetensors"))
                 with ThreadPoolExecutor() as pool:
                     prints = pool.map(fingerprint, files)
                     numbers["files"] = dict(zip((file.name for file in files), prints))
-                (aside / "state.json").write_text(json.dumps(numbers, indent=2) + "\n")
-                publish(aside, folder)
-                for old in self.complete()[: -self.keep]:
-                    shutil.rmtree(old)
-        except (OSError, dcp.CheckpointException) as error:
-            if first_rank():
-                shutil.rmtree(aside, ignore_errors=True)
-            failures = getattr(error, "failures", {}).items()
-            causes = {str(cause): rank for rank, (cause, _) in failures}
-            reason = "; ".join(f"rank {rank}: {cause}" for cause, rank in causes.items()) or error
-            return f"cannot save {folder}: {reason}"
-
-    def wait(self):
-        """Wait until the state that is being written, if any, is complete. OSError if it could not
-        be written."""
-        if self.pending:
-            failure, self.pending = self.pending.result(), None
-            self.agree(failure)
-
-    def agree(self, failure):
-        """OSError on all ranks if there is a failure on the first one."""
-        told = [failure]
-        dist.broadcast_object_list(told, src=0, group=self.group)
-        if told[0]:
-            raise OSError(told[0])
-
-    def resume(self):
-        """Fill the model and the optimizer from the newest undamaged state. Returns its Progress;
-        None if there is no state. ValueError if all are damaged, or of another run."""
-        numbers = [self._newest() if first_rank() else None]
-        dist.broadcast_object_list(numbers, src=0, group=self.group)
-        (numbers,) = numbers
-        if isinstance(numbers, str):
-            raise ValueError(numbers)
-        if numbers is None:
+                write_numbers(work.aside, numbers)
+                work.publish()
+                self._know(numbers)
+                self._prune()
             return None
-        check_same_run(self.folder.parent, numbers["identity"], self.identity)
-        at = Progress(**{f.name: numbers.get(f.name, 0) for f in dataclasses.fields(Progress)})
-        reader = dcp.HuggingFaceStorageReader(str(self.folder / f"step-{at.step:08d}"))
-        dcp.load(self.tensors, storage_reader=reader, process_group=self.group)
-        count_updates(self.optimizer, at.updates)
-        return at
+        except (OSError, dcp.CheckpointException) as error:
+            return reason(error)
+        finally:
+            if work:
+                work.discard()
 
-    def _newest(self):
-        """The numbers of the newest undamaged state, what is wrong if all are damaged, or None."""
-        damaged = []
-        for folder in reversed(self.complete()):
-            numbers, damage = examine(folder)
-            if numbers:
-                return numbers
-            damaged.append(f"{folder.name} ({damage})")
-            warning = f"warning: the state {folder} is damaged ({damage}): trying the one before it"
-            print(warning, flush=True)
-        if damaged:
-            listed = ", ".join(damaged)
-            fix = "remove the folder to begin again"
-            return f"{self.folder}: all states are damaged, {listed}: {fix}"
+    def evaluated(self, at, loss, better):
+        """Note the held-out loss of the model after `at.step` steps in its state, if it has one.
+        It gets one with keep_best, if it is the best so far, and if the run ends with it."""
+        wanted = (
+            self.options.keep_best if better else self.options.save_every and at.ended(self.options)
+        )
+        if wanted and self.saved != at.step:
+            self.save(at)
+        if self.saved == at.step and math.isfinite(loss):
+            folder, noted = state_folder(self.folder, at.step), dataclasses.asdict(at)
+            task = self.thread.submit(self._note, folder, noted | {"held_out": loss})
+            self.pending.append((folder, task))
+
+    def _note(self, folder, noted):
+        try:
+            if first_rank() and exists(folder):  # not if it could not be saved
+                write_numbers(folder, json.loads((folder / "state.json").read_text()) | noted)
+                self.held_out[noted["step"]] = noted["held_out"]
+                self._prune()
+        except OSError as error:
+            return error
         return None
 
+    def _prune(self):
+        """Remove states older than the `keep` newest known to be undamaged, but not the best."""
+        newer, best = 0, None
+        if self.options.keep_best:
+            best = min(self.held_out, key=self.held_out.get, default=None)
+        for step, folder in saved_states(self.folder).items():
+            if newer >= self.options.keep and step != best:
+                self.held_out.pop(step, None)
+                try:
+                    shutil.rmtree(folder)
+                except OSError as error:  # no reason to end a run
+                    print(f"warning: {folder} cannot be removed: {error}", flush=True)
+            newer += step in self.good
 
-def check_same_run(folder, was, now):
-    """ValueError if the run in `folder`, whose state has the identity `was`, cannot go on as one
-    with the identity `now`."""
-    names = [name for name in {**was, **now} if was.get(name) != now.get(name)]
-    if names:
-        changed = ", ".join(f"{n} was {was.get(n)!r} and is {now.get(n)!r}" for n in names)
-        raise ValueError(
-            f"{folder} cannot go on with other settings: {changed}; --name=... starts another run"
-        )
+    def wait(self):
+        """Wait until every state is written. OSError if one could not be."""
+        pending, self.pending = self.pending, []
+        if not pending:
+            return
+        failed = [(folder, str(failure)) for folder, task in pending if (failure := task.result())]
+        for folder, failure in self.from_first(lambda: failed):
+            raise self.cannot_save(folder, failure)
+        self.written = self.saved
+
+    def cannot_save(self, folder, failure):
+        fix = ""
+        if self.written is not None:
+            fix = f" (fix it, then --name={self.folder.parent.name} --resume goes on)"
+        return OSError(f"cannot save {folder}: {failure}{fix}")
+
+
+def reason(error):
+    """What went wrong on which rank, if torch.distributed.checkpoint says so."""
+    causes = {str(cause): rank for rank, (cause, _) in getattr(error, "failures", {}).items()}
+    return "; ".join(f"rank {rank}: {cause}" for cause, rank in causes.items()) or str(error)
+
+
+# --------------------------------------------------------------------------------------------------
+# Whether a state is whole
 
 
 def fingerprint(path):
@@ -208,22 +359,52 @@ def fingerprint(path):
     return [size, crc]
 
 
-def examine(folder):
-    """(the numbers of a saved state, or None if it is damaged; what is damaged, or None)"""
+def checksum(numbers):
+    """CRC-32 of what state.json says, apart from its own checksum."""
+    said = {name: value for name, value in numbers.items() if name != "checksum"}
+    return zlib.crc32(json.dumps(said, sort_keys=True).encode())
+
+
+def write_numbers(folder, numbers):
+    """Write state.json, whole or not at all."""
+    numbers = numbers | {"checksum": checksum(numbers)}
+    partial = folder / ".state.json.partial"
+    partial.write_text(json.dumps(numbers, indent=2) + "\n")
+    sync(partial)
+    partial.replace(folder / "state.json")
+    sync(folder)
+
+
+NUMBERS = {"step": int, "updates": int, "identity": dict, "files": dict}  # always in state.json
+OPTIONAL = {"skipped": int, "best": float, "waited": int, "held_out": float, "checksum": int}
+
+
+def examine(folder, files=True):
+    """(the numbers of a saved state, or None if it is damaged; what is damaged, or None). Unless
+    `files`, the contents of the tensors' files are not looked at."""
     try:
-        numbers = json.loads((folder / "state.json").read_text())
-        kinds = {key: type(numbers[key]) for key in ("step", "updates", "identity", "files")}
-        if list(kinds.values()) != [int, int, dict, dict]:
-            return None, "state.json is not what train.py writes"
-        if folder.name != f"step-{numbers['step']:08d}":
-            return None, f"state.json is of step {numbers['step']}"
-        files = numbers["files"]
-        if sorted(files) != sorted(path.name for path in folder.glob("*.safetensors")):
-            return None, "files are missing, or are too many"
-        with ThreadPoolExecutor() as pool:
-            found = dict(zip(files, pool.map(lambda name: fingerprint(folder / name), files)))
-        if wrong := [name for name in files if found[name] != files[name]]:
-            return None, f"{', '.join(wrong)} has another size or checksum"
+        return examine_numbers(folder, files)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        return None, repr(error)
-    return numbers, None
+        return None, f"{error!r:.200}"
+
+
+def examine_numbers(folder, files):
+    numbers = dict(json.loads((folder / "state.json").read_bytes()))
+    kinds = NUMBERS | {k: kind for k, kind in OPTIONAL.items() if numbers.get(k) is not None}
+    if any(type(numbers[name]) is not kind for name, kind in kinds.items()):
+        return None, "state.json is not what train.py writes"
+    step, updates = numbers["step"], numbers["updates"]
+    if folder.name != state_folder("", step).name:
+        return None, f"state.json is of step {step}"
+    if not 0 <= updates <= step or numbers.get("checksum", checksum(numbers)) != checksum(numbers):
+        return None, "state.json does not have its checksum"
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    if sorted(numbers["files"]) != names:
+        return None, "files are missing, or are too many"
+    if files:
+        with ThreadPoolExecutor() as pool:
+            found = pool.map(lambda name: fingerprint(folder / name), names)
+        wrong = [name for name, print in zip(names, found) if print != numbers["files"][name]]
+        if wrong:
+            return None, f"{', '.join(wrong)} has another size or checksum"
+    return {"skipped": 0} | numbers, None

@@ -1,13 +1,16 @@
 """Tiny runs of train.py for the tests and for soak.py, on ranks that start in no time.
 
-A run's ranks are forked from a server that has imported train.py, and are looked after as torchrun looks after them: the same
-environment variables, the same store that outlives them, and when one fails the others are told to end, then made to.
+A run's ranks are forked from a server that has imported train.py. They are looked after as torchrun
+looks after them: the same environment variables, the same store that outlives them, and when one
+fails the others are told to end, then made to.
 """
 
 import contextlib
 import json
 import multiprocessing
 import os
+import re
+import shutil
 import signal
 import sys
 import time
@@ -17,10 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
-NO_GPU = os.environ | {
-    "CUDA_VISIBLE_DEVICES": "",
-    "OMP_NUM_THREADS": "1",
-}  # for processes that are started by hand
+# for processes that are started by hand
+NO_GPU = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 TINY = """
 vocab_size = 257
@@ -34,35 +35,26 @@ data, eval_data = "corpus", "held-out"
 """
 
 
-def write_corpus(folder, rows=300, seed=0, counted=0.75):
-    """A corpus of bytes in which each document repeats a short word; of the tokens the share `counted` counts as a target."""
+def write_corpus(folder, documents=300, seed=0, counted=0.75):
+    """A corpus of bytes in which each document repeats a short word; the share `counted` of the
+    tokens counts as a target."""
     random = np.random.default_rng(seed)
-    documents = [
-        np.append(
-            np.resize(random.integers(97, 123, random.integers(2, 6)), random.integers(5, 70)), 256
-        )
-        for _ in range(rows)
-    ]
-    tokens, ends = np.concatenate(documents), np.cumsum([0, *map(len, documents)])
+    words = [random.integers(97, 123, random.integers(2, 6)) for _ in range(documents)]
+    texts = [np.append(np.resize(word, random.integers(5, 70)), 256) for word in words]
+    tokens, ends = np.concatenate(texts), np.cumsum([0, *map(len, texts)])
     folder.mkdir(parents=True)
     tokens.astype("<u4").tofile(folder / "tokens.bin")
     ends.astype("<u8").tofile(folder / "documents.bin")
     (random.random(len(tokens)) < counted).astype("u1").tofile(folder / "counted.bin")
-    meta = {
-        "tokenizer": "bytes",
-        "vocab_size": 257,
-        "documents": rows,
-        "tokens": len(tokens),
-        "counted": 0,
-    }
-    (folder / "meta.json").write_text(json.dumps(meta))
+    meta = {"tokenizer": "bytes", "vocab_size": 257, "documents": documents, "counted": 0}
+    (folder / "meta.json").write_text(json.dumps(meta | {"tokens": len(tokens)}))
     return folder
 
 
 def make_home(folder):
     """A folder to run in: tiny.py and its corpora."""
     write_corpus(folder / "corpus")
-    write_corpus(folder / "held-out", rows=20, seed=1)
+    write_corpus(folder / "held-out", documents=20, seed=1)
     (folder / "tiny.py").write_text(TINY)
     return folder
 
@@ -75,26 +67,18 @@ class Run:
         self.home, self.output = home, home / f"output-{os.urandom(4).hex()}"
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["train", "model", "pytest"])
+        patience = timedelta(seconds=60)
         self.store = dist.TCPStore(
-            "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60)
+            "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=patience
         )
+        shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1"}
+        shared |= {"MASTER_PORT": self.store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
+        shared |= {"OMP_NUM_THREADS": 1, "CUDA_VISIBLE_DEVICES": ""}
         self.processes = []
         for rank in range(ranks):
-            variables = {
-                "RANK": rank,
-                "LOCAL_RANK": rank,
-                "WORLD_SIZE": ranks,
-                "LOCAL_WORLD_SIZE": ranks,
-            }
-            variables |= {
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": self.store.port,
-                "TORCHELASTIC_USE_AGENT_STORE": True,
-            }
-            variables |= {"OMP_NUM_THREADS": 1, "CUDA_VISIBLE_DEVICES": ""}
-            task = context.Process(
-                target=_rank, args=(home, self.output, variables, arguments, prepare), daemon=True
-            )
+            variables = shared | {"RANK": rank, "LOCAL_RANK": rank}
+            inputs = home, self.output, variables, arguments, prepare
+            task = context.Process(target=_rank, args=inputs, daemon=True)
             task.start()
             self.processes.append(task)
 
@@ -106,18 +90,21 @@ class Run:
     def text(self):
         return self.output.read_text() if self.output.exists() else ""
 
-    def wait_for(self, text, timeout=120):
-        """Wait until the run has printed `text`."""
+    def wait_for(self, pattern, timeout=120):
+        """Wait until the run has printed something that matches `pattern`."""
         deadline = time.monotonic() + timeout
-        while text not in self.text():
-            assert time.monotonic() < deadline and any(p.is_alive() for p in self.processes), (
-                self.text()
-            )
+        while not re.search(pattern, self.text()):
+            alive = any(p.is_alive() for p in self.processes)
+            assert time.monotonic() < deadline and alive, self.text()
             time.sleep(0.01)
         return self
 
+    def wait_for_step(self, step):
+        return self.wait_for(rf"step +{step} \|")
+
     def wait(self, timeout=240, grace=30):
-        """The exit codes of all ranks. When one has failed the others get SIGTERM and, `grace` seconds later, SIGKILL."""
+        """The exit codes of all ranks. When one has failed the others get SIGTERM and, `grace`
+        seconds later, SIGKILL."""
         deadline, warned = time.monotonic() + timeout, None
         while any(p.is_alive() for p in self.processes):
             failed = any(p.exitcode not in (None, 0) for p in self.processes)
@@ -149,19 +136,45 @@ def _rank(home, output, variables, arguments, prepare):
     train.main()
 
 
-def train(home, *arguments, ranks=1):
+def train(home, *arguments, ranks=1, prepare=None):
     """Run train.py to its good end. Returns what it printed."""
-    return Run(home, *arguments, ranks=ranks).ends_well().text()
+    return Run(home, *arguments, ranks=ranks, prepare=prepare).ends_well().text()
+
+
+def logged(home, name):
+    """The lines of a run's metrics.jsonl."""
+    lines = (Path(home) / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def metrics(home, name):
-    """The lines of a run's metrics.jsonl that belong to steps."""
-    lines = (Path(home) / "runs" / name / "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if "loss" in row]
+    """Those that belong to steps."""
+    return [row for row in logged(home, name) if "loss" in row]
 
 
 def losses(home, name):
-    """{step: loss}; no step may be missing or come twice."""
+    """The loss of each step; no step may be missing or come twice."""
     rows = metrics(home, name)
     assert [row["step"] for row in rows] == list(range(len(rows)))
     return [row["loss"] for row in rows]
+
+
+def held_out(home, name):
+    """{step: held-out loss}"""
+    return {row["step"]: row["eval_loss"] for row in logged(home, name) if "eval_loss" in row}
+
+
+def states(home, name):
+    """Names of all that is in a run's states/, hidden files too."""
+    return sorted(path.name for path in (Path(home) / "runs" / name / "states").iterdir())
+
+
+def copy_run(home, name, copy, step):
+    """A copy of a run as it was when the state after `step` steps was its newest."""
+    run = Path(home) / "runs" / copy
+    shutil.copytree(Path(home) / "runs" / name, run)
+    for state in (run / "states").iterdir():
+        if int(state.name[-8:]) > step:
+            shutil.rmtree(state)
+    shutil.rmtree(run / "model")
+    return run

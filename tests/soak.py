@@ -1,10 +1,12 @@
-"""Train a tiny model for minutes while it is killed at random moments, and see that nothing is lost, grows or stays behind.
+"""Train a tiny model for minutes while it is killed at random moments, and see that nothing is
+lost, grows or stays behind.
 
     python tests/soak.py             # ten minutes
     python tests/soak.py --minutes=1
 
-One run goes on undisturbed for half of the time and its memory is measured. The other one saves every few steps, is killed
-(SIGKILL, all ranks at once), and goes on; at the end both must have the same losses, step by step.
+One run goes on undisturbed for half of the time, and its memory is measured. The other one saves
+every few steps, is killed (SIGKILL, all ranks at once) and resumed. At the end both must have the
+same losses, step by step.
 """
 
 import argparse
@@ -18,28 +20,21 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from runs import Run, losses, make_home  # noqa: E402
+from runs import Run, losses, make_home, states  # noqa: E402
 
-OPTIONS = [
-    "tiny.py",
-    "--sp=2",
-    "--steps=1000000",
-    "--eval_every=20",
-    "--eval_rows=4",
-    "--log_every=10",
-]
+OPTIONS = ("tiny.py", "--sp=2", "--steps=1000000", "--eval_every=20", "--log_every=10")
 
 
 def resident(process):
     """Bytes of memory that a process has."""
-    return int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) * os.sysconf(
-        "SC_PAGE_SIZE"
-    )
+    pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def steady(home, seconds):
-    """The run that nobody disturbs. Returns its resident memory in the first and in the last third of the time, in bytes."""
-    run = Run(home, *OPTIONS, "--save_every=20", "--name=steady", ranks=2).wait_for("step 19 |")
+    """The run that is left alone. Returns its resident memory in the first and in the last third of
+    the time, in bytes."""
+    run = Run(home, *OPTIONS, "--save_every=20", "--name=steady", ranks=2).wait_for_step(19)
     deadline, sizes = time.monotonic() + seconds, []
     while time.monotonic() < deadline:
         sizes.append(max(map(resident, run.processes)))
@@ -51,27 +46,26 @@ def steady(home, seconds):
 
 
 def killed(home, seconds, generator):
-    """The run that is killed and goes on. Returns how often it was killed, and how often while it saved."""
-    deadline, kills, in_saves, states = (
-        time.monotonic() + seconds,
-        0,
-        0,
-        home / "runs/killed/states",
-    )
+    """The run that is killed and resumed. Returns how often it was killed, and how often while it
+    saved."""
+    deadline, kills, in_saves = time.monotonic() + seconds, 0, 0
+    options = (*OPTIONS, "--save_every=5", "--name=killed", "--resume")
+
+    def saving():
+        return any((home / "runs/killed/states").glob(".step-*.partial*"))
+
     while time.monotonic() < deadline:
-        run = Run(home, *OPTIONS, "--save_every=5", "--name=killed", "--resume=true", ranks=2)
+        run = Run(home, *options, ranks=2)
         end = time.monotonic() + generator.uniform(0, min(20, seconds / 3))
         while time.monotonic() < end:
-            if generator.random() < 0.02 and any(states.glob(".step-*")):
+            if generator.random() < 0.02 and saving():
                 break
             time.sleep(0.01)
-        in_saves += any(states.glob(".step-*"))
+        in_saves += saving()
         run.kill()
         run.wait()
         kills += 1
-    run = Run(home, *OPTIONS, "--save_every=5", "--name=killed", "--resume=true", ranks=2).wait_for(
-        "stalled"
-    )
+    run = Run(home, *options, ranks=2).wait_for("stalled")
     run.kill(ranks=[0], number=15)
     run.ends_well()
     return kills, in_saves
@@ -85,23 +79,18 @@ def soak(home, seconds, seed=0):
     undisturbed, disturbed = losses(home, "steady"), losses(home, "killed")
     common = min(len(undisturbed), len(disturbed))
     assert undisturbed[:common] == disturbed[:common], "the losses differ"
-    assert late < early * 1.02 + 2**20, (
-        f"memory grew from {early / 2**20:.1f} to {late / 2**20:.1f} MiB"
-    )
+    memory = f"{early / 2**20:.1f} MiB early and {late / 2**20:.1f} MiB late"
+    assert late < early * 1.02 + 2**20, f"memory grew: {memory}"
     for name, every in (("steady", 20), ("killed", 5)):
-        run = home / "runs" / name
-        found = {path.name for path in run.iterdir()} - {"loss.png"}  # which only matplotlib draws
-        assert found == {"config.json", "metrics.jsonl", "states"}, found
-        last, steps = (
-            sorted(path.name for path in (run / "states").iterdir()),
-            len(losses(home, name)),
-        )
-        assert len(last) <= 2 and last[-1] == f"step-{steps:08d}", (
-            f"states {last} after {steps} steps, saved every {every}"
-        )
+        files = {path.name for path in (home / "runs" / name).iterdir()}
+        files -= {"loss.png"}  # which only matplotlib draws
+        assert files == {"config.json", "metrics.jsonl", "states"}, files
+        last, steps = states(home, name), len(losses(home, name))
+        right = len(last) <= 2 and last[-1] == f"step-{steps:08d}"
+        assert right, f"states {last} after {steps} steps, saved every {every}"
     return (
-        f"{len(undisturbed)} steps undisturbed, memory {early / 2**20:.1f} MiB early and {late / 2**20:.1f} MiB late; "
-        f"{kills} kills, {in_saves} while saving, {len(disturbed)} steps, the same {common} losses; no file left behind"
+        f"{len(undisturbed)} steps undisturbed, memory {memory}; {kills} kills, {in_saves} while "
+        f"saving, {len(disturbed)} steps, the same {common} losses; no file left behind"
     )
 
 
