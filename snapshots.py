@@ -26,12 +26,20 @@ def find_state(folder, which=None):
     folder = Path(folder)
     if which is None:
         return folder if exists(folder / NUMBERS) else None
-    states = sorted(path.parent for path in folder.glob(f"states/step-*/{NUMBERS}"))
-    steps = [int(path.name.removeprefix("step-")) for path in states]
+    found = [path.parent for path in folder.glob(f"states/step-*/{NUMBERS}")]
+    found = {path: path.name.removeprefix("step-") for path in found}
+    found = {path: int(step) for path, step in found.items() if step.isdecimal()}
+    states = sorted(found, key=found.get)
+    steps = [found[path] for path in states]
     if which == "best":
-        states = [path for path in states if read_json(path / NUMBERS).get("best")]
-        if not states and steps:
-            raise ValueError(f"{folder}: no state is marked as the best: keep_best=true marks it")
+        losses = {path: read_json(path / NUMBERS).get("held_out") for path in states}
+        losses = {path: loss for path, loss in losses.items() if isinstance(loss, float)}
+        if states and not losses:
+            raise ValueError(
+                f"{folder}: no state has a held-out loss: eval_every makes evaluations, and "
+                "keep_best keeps the best state"
+            )
+        states = [min(losses, key=losses.get)] if losses else []
     elif which != "last":
         if not str(which).isdecimal():
             raise ValueError(f"state={which}: best, last, or a number of steps")

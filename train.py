@@ -213,6 +213,7 @@ def evaluate(options, model, data, device):
 
 
 def train(options):
+    """The whole run. True if it has come to its end, with its model written."""
     # what can be wrong is found by each rank alone, before the ranks meet
     options, config, data, held_out = check_run(options)
     folder = Path("runs") / options.name
@@ -293,6 +294,7 @@ def train(options):
         log.say(f"asked to stop: --resume goes on after step {at.step - 1}")
     log.plot()
     leave(watch)
+    return at.ended(options)
 
 
 def save_model(options, model, folder, dtype, states):
@@ -323,13 +325,14 @@ def leave(watch):
 def write_sample(options):
     """Continue the prompt `sample` with the model in runs/NAME/model, on the first rank, once
     training has freed its memory. If that fails, the run has ended well all the same."""
-    folder = Path("runs") / options.name
-    if os.environ.get("RANK", "0") != "0" or not exists(folder / "model"):
+    if os.environ.get("RANK", "0") != "0":
         return
     sp.init(None)
     torch.cuda.empty_cache()
     try:
-        sample.write(folder, options.sample, chat=False, max_tokens=200, temperature=0.8)
+        sample.write(
+            Path("runs") / options.name, options.sample, chat=False, max_tokens=200, temperature=0.8
+        )
     except (Exception, SystemExit) as error:
         print(f"no sample was written: {type(error).__name__}: {error}", flush=True)
 
@@ -346,8 +349,8 @@ def main():
             elif options.rehearse:
                 rehearse(options, train)
             else:
-                train(options)
-                if options.sample:
+                ended = train(options)
+                if ended and options.sample:
                     write_sample(options)
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -96,7 +96,7 @@ OPTIONS = {  # of a measurement
         "torchrun: ranks per sequence; default all if there is only one sequence",
     ),
     "optimizer": (
-        {"choices": ["fp32", "split", "bf16"]},
+        {"choices": ["fp32", "split"]},
         "torchrun: as in train.py, default split; --rehearse: default the fastest",
     ),
     "out": (

@@ -19,7 +19,7 @@ batch_size = 8  # 524,288 tokens per step = 2 micro-batches x 4 groups x 1 seque
 micro_batch = 1
 
 optimizer = "fp32"  # 335 GB over eight GPUs: 42 GB each
-recompute = "attention"  # 64 GiB of 80 by the dry run
+recompute = "attention"  # 65 GiB of 80 by the dry run
 
 steps = 200
 lr, warmup_steps = 1e-5, 20

@@ -113,7 +113,7 @@ def peak_flops(device):
 # Bytes
 
 # of a parameter: weight, gradient, optimizer
-BYTES = {"fp32": (4, 4, 8), "split": (2, 2, 6), "bf16": (2, 2, 4)}
+BYTES = {"fp32": (4, 4, 8), "split": (2, 2, 6)}
 
 
 # Where FSDP copies gradients from fp32 to bf16, they live in the memory of its own stream (see

@@ -1,13 +1,17 @@
-"""The model as train.py runs it on several ranks, FSDP2 and Ulysses together, against the plain model on one: every gradient.
+"""The model as train.py runs it on several ranks, FSDP2 and Ulysses together, against the plain one
+on one rank: the loss, logprobs and every gradient.
 
-On CPU ranks with small sizes; on two GPUs with the 20b's layers, over NCCL, compiled, recomputed, offloaded. There
-`pytest -s -m gpu tests/test_fsdp.py` prints the differences; it compiles for more than a minute a case.
+On CPU ranks with small sizes; on two GPUs with the 20b's layers, over NCCL, compiled, recomputed,
+offloaded. There `pytest -s -m gpu tests/test_fsdp.py` prints the differences; each case compiles
+for more than a minute.
 
-What bf16 may differ by is measured against the difference that it makes to round the weights to bf16 another way. A quarter of it
-on a CPU, where rotary tables that FSDP casts to bf16 make about three quarters. On a GPU the number of rows decides which matmul
-kernel runs, kernels round differently, and a few tokens of thousands go to other experts, each of which changes the gradient by
-about a hundredth of its norm: there all of it; and half of it where no token can change, because each uses every expert. Rotary
-tables in bf16 make 0.6 of that (docs/LOG.md, 2026-11-25).
+Errors in bf16 are measured in units of another one: the difference that it makes to round the
+weights to bf16 in another way. On a CPU a quarter of it is allowed; rotary tables in bf16, to which
+FSDP would cast them, make about three quarters. On a GPU the number of tokens decides which matmul
+kernel runs, kernels round differently, and a few tokens of thousands choose other experts, each of
+which changes the gradient by about a hundredth of its norm: there all of it is allowed, and half of
+it where no token can choose, because each uses every expert. Rotary tables in bf16 make 0.6 of that
+(docs/LOG.md, 2026-11-25).
 """
 
 from contextlib import nullcontext
@@ -25,7 +29,7 @@ from loop.options import Options
 from model import GPTOSS, IGNORED, GPTOSSConfig
 from train import build_model
 
-CASES = {  # ranks, what train.py is told, and whether two documents share a row
+CASES = {  # ranks, options, whether two documents share a sequence
     "sp 2": (2, {"sp": 2, "recompute": "none"}, False),
     "sp 2, documents, all recomputed": (2, {"sp": 2, "recompute": "all"}, True),
     "sp 2, a block kept, two micro-batches": (
@@ -42,18 +46,16 @@ CASES = {  # ranks, what train.py is told, and whether two documents share a row
     "dp 2, sp 2": (4, {"sp": 2, "recompute": "all"}, True),
     "replicas of dp 2": (4, {"sp": 1, "replicas": 2, "recompute": "attention"}, False),
 }
-SMALL = tiny_config(
-    hidden_size=24, intermediate_size=16, num_key_value_heads=6
-)  # in bf16 experts want sizes that 8 divides
+# grouped matmuls in bf16 want sizes that 8 divides
+SMALL = tiny_config(hidden_size=24, intermediate_size=16, num_key_value_heads=6)
 TRUE = GPTOSSConfig(num_hidden_layers=2, vocab_size=8192)
 
 
 def whole_batch(config, B, S, documents):
     tokens, targets = batch(config, B, S)
     targets[:, : S // 3] = IGNORED  # so that the ranks' counts differ
-    cut = (
-        torch.arange(B)[:, None] + S // 3
-    )  # in the first of two slices, and not at the same place in every row
+    # in the first of two slices, and in each sequence at another place
+    cut = torch.arange(B)[:, None] + S // 3
     return tokens, targets, (torch.arange(S) >= cut).int() if documents else None
 
 
@@ -66,8 +68,9 @@ def outcome(loss, model):
 
 
 def alone(config, batch, device, dtype, rounding):
-    """{loss and every gradient} of the plain model on one rank. `rounding`: see noise_."""
-    torch._dynamo.reset()  # on a GPU each compiles for its own shapes
+    """{"loss", names: the loss and every gradient} of the plain model on one rank. `rounding`: see
+    noise_."""
+    torch._dynamo.reset()  # on a GPU every case compiles for its own shapes
     sp.init(None)
     model = noise_(GPTOSS(config).to(device), rounding=rounding).to(dtype)
     loss = model(*batch)
@@ -80,16 +83,9 @@ def together(config, batch, device, dtype, rounding, told):
     torch._dynamo.reset()
     ranks, rank = dist.get_world_size(), dist.get_rank()
     optimizer = "fp32" if dtype == torch.float32 else "split"
-    rows = len(batch[0]) * told["sp"] // ranks  # of each group of ranks
-    options = Options(
-        **{
-            **asdict(config),
-            "batch_size": ranks,
-            "micro_batch": rows,
-            "optimizer": optimizer,
-            **told,
-        }
-    )
+    mine = len(batch[0]) * told["sp"] // ranks  # sequences of each group of ranks
+    settings = {"batch_size": ranks, "micro_batch": mine, "optimizer": optimizer, **told}
+    options = Options(**asdict(config), **settings)
     groups = ranks // options.sp
     sp.init(
         init_device_mesh(device.type, (groups, options.sp), mesh_dim_names=("batch", "sp"))["sp"]
@@ -97,8 +93,8 @@ def together(config, batch, device, dtype, rounding, told):
     shape = options.replicas, ranks // options.replicas
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replica", "shard"))
     model = noise_(build_model(options, config, device, mesh, dtype), rounding=rounding)
-    first, loss = rank // options.sp * rows, torch.zeros((), device=device)
-    for start in range(first, first + rows, options.micro_batch):
+    first, loss = rank // options.sp * mine, torch.zeros((), device=device)
+    for start in range(first, first + mine, options.micro_batch):
         part = [x if x is None else x[start : start + options.micro_batch] for x in batch]
         with HostMemory() if options.offload and device.type == "cuda" else nullcontext():
             share = model(*sp.shard(*part), count=(batch[1] != IGNORED).sum())
@@ -110,7 +106,7 @@ def together(config, batch, device, dtype, rounding, told):
 
 
 def difference(actual, expected):
-    """Relative, of all gradients as one long vector."""
+    """The relative difference of all gradients as one long vector."""
     error = norm = 0
     for name in expected.keys() - {"loss"}:
         a, b = actual[name].double(), expected[name].double()
@@ -119,15 +115,13 @@ def difference(actual, expected):
 
 
 def compare(cases, config, S, device_type):
-    """[(name, {of what: relative error in fp32}, [two shares])], printed too: in bf16 the difference divided by that of two
-    roundings of the weights, with the model as it is, and with only as many experts as a token uses."""
+    """[(name, {of what: relative error in fp32}, [two shares])], which are printed too. A share is
+    the difference in bf16 divided by that of two roundings of the weights: for the model as it is,
+    and with only as many experts as a token uses."""
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     device = torch.device(device_type, dist.get_rank() if device_type == "cuda" else None)
-    rows, references, configs = (
-        [],
-        {},
-        (config, replace(config, num_experts=config.experts_per_token)),
-    )
+    found_in, references = [], {}
+    configs = config, replace(config, num_experts=config.experts_per_token)
     for name in cases:
         _, told, documents = CASES[name]
         inputs = [
@@ -152,19 +146,19 @@ def compare(cases, config, S, device_type):
                 difference(other, plain),
             )
             shares.append(in_bf16 / noise)
-            line += f"; bf16, {c.num_experts} experts: {in_bf16:.1e}, two roundings of the weights {noise:.1e}"
-        rows.append((name, errors, shares))
+            line += f"; bf16, {c.num_experts} experts: {in_bf16:.1e}"
+            line += f", two roundings of the weights {noise:.1e}"
+        found_in.append((name, errors, shares))
         if dist.get_rank() == 0:
             print(line, flush=True)
-    return rows
+    return found_in
 
 
 def assert_ranks_equal_one(ranks, limits, *arguments, **settings):
-    """Of all cases for so many ranks; `limits` are those of compare's two shares."""
-    rows, *_ = run_ranks(
-        ranks, compare, [name for name in CASES if CASES[name][0] == ranks], *arguments, **settings
-    )
-    for name, errors, shares in rows:
+    """In all cases for this number of ranks. `limits` are those of compare's two shares."""
+    cases = [name for name in CASES if CASES[name][0] == ranks]
+    found_in, *_ = run_ranks(ranks, compare, cases, *arguments, **settings)
+    for name, errors, shares in found_in:
         wrong = {what: error for what, error in errors.items() if not error <= 1e-5}
         assert not wrong, f"{name}: {wrong}"
         assert all(share <= limit for share, limit in zip(shares, limits)), (

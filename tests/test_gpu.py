@@ -339,7 +339,7 @@ def test_kept_blocks_keep_what_is_estimated():
         "replicas": 1,
         "seq_len": 8192,
         "micro_batch": 1,
-        "optimizer": "bf16",
+        "optimizer": "split",
         "offload": False,
     }
     model = noise_(GPTOSS(config, "all").to(CUDA, torch.bfloat16))

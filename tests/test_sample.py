@@ -71,8 +71,9 @@ def folders(tmp_path_factory):
         config = json.dumps({"name": name, "tokenizer": "bytes"})
         (root / f"runs/{name}/config.json").write_text(config)
     for step in 10, 20, 30:
-        save_state(clear(noise_(GPTOSS(tiny_config(**SIZES)), step)), root / "runs/young", step,
-                   **({"best": True} if step == 20 else {}))  # fmt: skip
+        model_then = clear(noise_(GPTOSS(tiny_config(**SIZES)), step))
+        loss = 1.0 if step == 20 else 2.0
+        save_state(model_then, root / "runs/young", step, held_out=loss, best=loss)
     settings = {"rank": 2, "alpha": 4.0, "targets": "attention", "layers": ""}
     adapt(model, **settings)
     for name, parameter in model.named_parameters():
@@ -402,7 +403,7 @@ def test_command_says_what_is_wrong():
         ("runs/young", "Hi", {"state": 11}, "no state 11: states after steps: 10, 20, 30"),
         ("runs/young", "Hi", {"state": "newest"}, "state=newest: best, last, or a number"),
         ("runs/fake", "Hi", {"state": "last"}, "no state last: states after steps: none"),
-        ("runs/adapted", "Hi", {"state": "best"}, "no state is marked as the best"),
+        ("runs/adapted", "Hi", {"state": "best"}, "no state has a held-out loss"),
         (".", "Hi", {"tokenizer": "bytes"}, "config.json does not exist; convert_hf.py makes"),
         ("runs/fake", "Hi " * 50, {}, "prompt of 150 tokens: this model takes 1 to 127"),
         ("runs/fake", "", {}, "prompt of 0 tokens"),
