@@ -331,7 +331,10 @@ def model_config(options):
             f"of {stated.num_experts} experts, as the options say"
         )
         return stated
-    config = GPTOSSConfig.from_json(find_checkpoint(options) / "config.json")
+    folder = Path(options.checkpoint)
+    if exists(folder / "metrics.jsonl") or not exists(folder / "config.json"):
+        folder = find_checkpoint(options)
+    config = GPTOSSConfig.from_json(folder / "config.json")
     positions = sizes.pop("max_position_embeddings")
     if positions != defaults["max_position_embeddings"]:
         config.max_position_embeddings = positions  # may be more than the model was trained on

@@ -158,5 +158,5 @@ def test_a_checkpoint_may_be_given_more_positions(tmp_path):
     assert plan.model_config(Options(checkpoint=str(tmp_path))) == tiny_config()
     longer = Options(checkpoint=str(tmp_path), max_position_embeddings=2**20)
     assert plan.model_config(longer) == tiny_config(max_position_embeddings=2**20)
-    with pytest.raises(ValueError, match="brings its own sizes"):
+    with pytest.raises(ValueError, match="leave the model's sizes to the checkpoint"):
         plan.model_config(Options(checkpoint=str(tmp_path), hidden_size=64))
