@@ -49,14 +49,12 @@ from bench.common import GPU, TINY, K
 from bench.report import Results, length, machine, parse_documents, parse_ranks, parse_rows, say
 from model import GPTOSSConfig
 
-REHEARSED = "64x4K,8x16K,8x32K,4x64K,2x128K,256K,512K,1M"  # for eight ranks
-
 # name: (sections in this order, default rows on a GPU, on a CPU, default layers on a GPU, on a CPU)
 COMMANDS = {
     "bench": ([kernels.section, speed.section], "4K,8K,16K,32K,64K,128K", "64,128", 24, 2),
     "train": ([], "16x4K,32K,64K,128K,256K,512K,1M", "4x32,64", 24, 2),  # see measure()
     "adapters": ([adapters.section], "", "", 24, 2),
-    "rehearse": ([], REHEARSED, "8x64,4x64", 24, 2),
+    "rehearse": ([], "", "", 24, 2),
     "documents": ([], "32K", "1x64", 24, 2),
     "ablation": ([ablation.section], "8K,32K", "64", 6, 2),
     "profile": ([profiling.section], "8K", "128", 24, 2),
@@ -184,6 +182,8 @@ def measure(options, parser):
 
         sections = {"train": training, "rehearse": rehearsal, "documents": documents}
         sections = [sections[name].section]
+        if name == "rehearse":
+            options.rows = options.rows or rehearsal.usual_rows(options.rehearse)
         if torchrun or options.rehearse is not None:
             check_ranks(options, parser)
     if any(S < 2 for _, S in options.rows):

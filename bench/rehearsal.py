@@ -41,6 +41,14 @@ REAL = [("real: s", "real_seconds", ">9.3f"), ("peak", "real_peak_gib", ">7.1f")
 REAL += [("peak off by", "peak_apart", ">12.2%"), ("communication", "communication", ">14.1%")]
 
 
+def usual_rows(ranks):
+    """[(sequences, length)]: each GPU with 8 x 4K, 16K or 32K tokens of its own, then with 32K of
+    longer sequences as long as there are ranks to share them, up to 1M."""
+    base = 32 * K if GPU else 64
+    alone = [(8 * ranks, base // 8), (ranks, base // 2), (ranks, base)]
+    return alone + [(max(1, ranks // n), n * base) for n in ((2, 4, 8, 16, 32) if GPU else (2,))]
+
+
 def choose(options, config, ranks, sequences, S):
     """train.py's options for a row: the fastest that fit this GPU by the dry run's arithmetic; what
     the command line says stays."""

@@ -24,6 +24,7 @@ from bench import (
     documents,
     kernels,
     profiling,
+    rehearsal,
     report,
     settings,
     speed,
@@ -528,3 +529,45 @@ def test_packed_documents_on_two_ranks(tmp_path):
     ]
     assert len({(row["recompute"], row["keep_blocks"]) for row in rows}) == 1
     assert done.stdout.count("mix") == 1, "the first rank alone prints"
+
+
+# --------------------------------------------------------------------------------------------------
+# One rank of many
+
+
+def test_usual_rows_of_a_rehearsal(monkeypatch):
+    """On eight GPUs 4K to 32K without sequence parallelism, then with it; at 256K all share one."""
+    monkeypatch.setattr(rehearsal, "GPU", True)
+    rows = [f"{n}x{report.length(S)}" for n, S in rehearsal.usual_rows(8)]
+    assert ",".join(rows) == "64x4K,8x16K,8x32K,4x64K,2x128K,1x256K,1x512K,1x1M"
+    assert rehearsal.usual_rows(16)[-2:] == [(1, 512 * 1024), (1, 1024 * 1024)]
+
+
+@cpu_only
+def test_rehearsal_beside_real_ranks(run, tmp_path, monkeypatch):
+    """A row as one of two ranks and over gloo; a row of the table has the numbers of both."""
+    monkeypatch.chdir(tmp_path)
+    arguments = "--rehearse=2", "--against=ranks", "--rows=4x32", "--layers=1"
+    printed, results = run(*arguments, name="rehearse")
+    (row,) = results["rows"]
+    assert "error" not in row and (row["row"], row["sp"], row["recompute"]) == ("4 x 32", 1, "none")
+    assert row["communication"] == pytest.approx(row["real_seconds"] / row["seconds"] - 1)
+    assert row["tokens_per_second"] == pytest.approx(4 * 32 / 2 / row["seconds"])
+    assert row["sent_bytes"]["all_gather"] > 0 and row["sent_bytes"]["all_to_all"] == 0
+    assert "real: s" in printed and "4 x 32" in printed
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["bench-rehearsal"]
+
+
+@cpu_only
+def test_rehearsal_goes_on_after_a_row_that_fails(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    original, failures = rehearsal.rehearse, iter([ValueError("rehearsal: out of memory: try")])
+
+    def rehearse(row, train):
+        if failure := next(failures, None):
+            raise failure
+        return original(row, train)
+
+    monkeypatch.setattr(rehearsal, "rehearse", rehearse)
+    _, results = run("--rehearse=2", "--rows=2x32,32", "--layers=1", name="rehearse")
+    assert [row.get("error") for row in results["rows"]] == ["out of memory", None]
