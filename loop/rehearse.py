@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+import sp
 from data import TokenData
 from loop.budget import GIB
 from loop.checks import check_folder
@@ -154,6 +155,7 @@ def stand_in(ranks):
         try:
             yield
         finally:
+            sp.init(None)
             if dist.is_initialized():
                 dist.destroy_process_group()
 

@@ -189,10 +189,8 @@ def test_documents_of_other_slices_stay_apart():
     """A sequence of 4 x 3 tokens: the other ranks' documents are this rank's with other numbers."""
     with stand_in(4):
         start_ranks(Options(sp=4))
-        try:
-            whole = sp.gather_sequence(torch.tensor([[0, 0, 1], [0, 1, 2]]))
-        finally:
-            sp.init(None)
+        whole = sp.gather_sequence(torch.tensor([[0, 0, 1], [0, 1, 2]]))
+    assert sp.size() == 1, "what follows in this process shares no sequence"
     assert whole.shape == (2, 12)
     assert torch.equal(whole[:, :3], torch.tensor([[0, 0, 1], [0, 1, 2]]))
     for sequence in whole:
