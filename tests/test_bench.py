@@ -324,7 +324,7 @@ def test_settings_that_are_given_stay(monkeypatch):
     assert fitting(10, monkeypatch, "none") == ("split", "none", 0, False)
     assert fitting(10, monkeypatch, "attention", 2)[1:] == ("attention", 2, False)
     assert fitting(500, monkeypatch, keep_blocks=3)[1:] == ("attention", 3, False)
-    assert fitting(500, monkeypatch, "none", 7, "bf16") == ("bf16", "none", 7, False)
+    assert fitting(500, monkeypatch, "none", 7, "split") == ("split", "none", 7, False)
 
 
 @cpu_only
