@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 
+from recompute import Recompute, once, replaying
+
 IGNORED = -100  # a target that the loss does not count, as in model.py
 LOSS_TOKENS = 2048  # tokens whose logits exist at a time: 0.8 GiB in bf16 for the real vocabulary;
 # with 1024, 8K is 4 % slower
@@ -62,10 +64,16 @@ def plain(*names):
     """`with plain():` the model runs as defined, differentiated by autograd: slow, and the truth.
 
     With names out of SWITCHES only those are switched off. ValueError for another name."""
-    global _off
     if unknown := set(names) - SWITCHES:
         raise ValueError(f"plain: {', '.join(sorted(unknown))}: not in {sorted(SWITCHES)}")
-    before, _off = _off, _off | (set(names) or SWITCHES)
+    with _switched_off(_off | (set(names) or SWITCHES)):
+        yield
+
+
+@contextmanager
+def _switched_off(names):
+    global _off
+    before, _off = _off, names
     try:
         yield
     finally:
@@ -663,68 +671,15 @@ def mean_loss(x, unembedding, targets, weights, count):
 
 
 # --------------------------------------------------------------------------------------------------
-# Recomputation: activation checkpointing that skips what the backward does not need
-
-
-class Recompute:
-    """What a recomputed block may skip when its forward is replayed for the backward.
-
-    A recomputed block keeps only its input. The replay must restore every value the backward reads,
-    but not the block's output (`replaying`), and it can reuse a costly result that was stored
-    (`once`), for one backward."""
-
-    current = None  # of the recomputed block that is running; None outside of one
-
-    def __init__(self, keep_attention):
-        self.keep_attention, self.stored, self.replaying = keep_attention, [], False
-        self.off = _off  # the replay runs what the forward ran, also outside of `plain()`
-
-    @classmethod
-    def contexts(cls, keep_attention):
-        """The pair of contexts that torch.utils.checkpoint asks for: forward and replay."""
-        state = cls(keep_attention)
-        return Run(state, False), Run(state, True)
-
-
-class Run:
-    """The context of a recomputed block's forward, or of one of its replays."""
-
-    def __init__(self, state, replaying):
-        self.state, self.replaying = state, replaying
-
-    def __enter__(self):
-        global _off
-        self.before = Recompute.current, _off
-        Recompute.current, _off = self.state, self.state.off
-        self.state.replaying = self.replaying
-
-    def __exit__(self, *_):
-        global _off
-        Recompute.current, _off = self.before
-
-
-def once(compute):
-    """compute(), a tuple of tensors; on replay the stored result, if attention is kept."""
-    state = Recompute.current
-    if state is None or not state.keep_attention:
-        return compute()
-    if not state.replaying:
-        state.stored.append(compute())
-        return state.stored[-1]
-    if not state.stored:
-        raise RuntimeError("recompute='attention' serves one backward: choose recompute='all'")
-    return state.stored.pop(0)
-
-
-def replaying():
-    """True while a recomputed block's forward is replayed for its backward."""
-    return Recompute.current is not None and Recompute.current.replaying
+# Recomputation, see recompute.py
 
 
 def recomputed(block, *inputs, keep_attention):
     """block(*inputs), keeping only the inputs; the backward recomputes the activations, but for
-    cuDNN's attention output if keep_attention."""
-    contexts = functools.partial(Recompute.contexts, keep_attention)
+    cuDNN's attention output if keep_attention. The replay runs what the forward ran, also outside
+    of `plain()`."""
+    same_switches = functools.partial(_switched_off, _off)
+    contexts = functools.partial(Recompute.contexts, keep_attention, same_switches)
     return checkpoint(
         block, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
     )
