@@ -313,7 +313,7 @@ def parse_arguments():
     add("--tokenizer", choices=TOKENIZERS, help="default: the one the run was trained with")
     add("--fast", choices=["true", "false"], default="true",
         help="false: the definitions of model.py, without their fast twins")  # fmt: skip
-    return parser.parse_args()
+    return parser.parse_intermixed_args()  # also options between folder and prompt
 
 
 def main():

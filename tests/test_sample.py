@@ -111,9 +111,8 @@ def test_command_on_a_run(folders):
     said = greedy(model, BYTES.encode("naïve"), 9)
     assert run.stdout.decode() == f"naïve{said}\n"
     assert b"prompt of 6 tokens, answer of" in run.stderr and b"tok/s" in run.stderr
-    plain = command(
-        folders / "runs/fake", "naïve", "--max_tokens=9", "--temperature=0", "--fast=false"
-    )
+    options = "--max_tokens=9", "--temperature=0", "--fast=false"
+    plain = command(folders / "runs/fake", *options, "naïve")
     assert plain.stdout == run.stdout and b"switched off" in plain.stderr
 
 
