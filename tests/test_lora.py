@@ -143,7 +143,8 @@ def outcome(function, inputs, dtype, recomputed=False):
         out = fast.recomputed(function, *leaves, keep_attention=False)
     else:
         out = function(*leaves)
-    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(dtype))
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(9))
+    out.backward(grad.to(out.device, dtype))
     return {"out": out.detach()} | {name: leaf.grad for name, leaf in trained.items()}
 
 

@@ -343,7 +343,8 @@ def test_every_key_of_transformers_is_in_a_table():
     assert RopeParameters.__annotations__.keys() - rotary - {"partial_rotary_factor"} <= other_ropes
     defaults = inspect.signature(transformers.GptOssConfig).parameters
     for name, (_, default) in weights.READ.items():
-        assert defaults[name].default == default, name
+        if name in defaults:  # swiglu_limit is younger than transformers 5.17
+            assert defaults[name].default == default, name
     for name, value in weights.FIXED.items():
         if name in defaults:
             assert defaults[name].default == value, name
