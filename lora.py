@@ -284,11 +284,6 @@ def check_run(options, config):
     """ValueError if train.py cannot train the adapters that `options` describe on the weights in
     options.checkpoint."""
     folder = options.checkpoint
-    if exists(Path(folder) / ADAPTERS):
-        raise ValueError(
-            f"checkpoint={folder} holds adapters: merge them by `python convert_hf.py --export "
-            f"{folder}` and import that, or --resume the run that made them"
-        )
     with torch.device("meta"):
         model = GPTOSS(config)
     adapt_as(options, model, None)

@@ -38,11 +38,13 @@ from torch.distributed.fsdp import (
 )
 
 import fast
+import lora
 import sample
 import sp
 from fast import say
 from folders import exists
-from loop.budget import adds_in_bf16
+from loop import memory
+from loop.budget import GIB, adds_in_bf16
 from loop.checks import check_new, check_run
 from loop.guards import Stop, Watch, describe_bad_step, fail, hold, meeting_point
 from loop.log import Log
@@ -73,6 +75,7 @@ def start_ranks(options):
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        fit_card(options.gpu_gib)
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     dist.init_process_group(
         "nccl" if cuda else "gloo",
@@ -87,6 +90,17 @@ def start_ranks(options):
     ranks = dist.get_world_size()
     sp.init(mesh(("batch", "sp"), ranks // options.sp, options.sp)["sp"])
     return device, mesh(("replica", "shard"), options.replicas, ranks // options.replicas)
+
+
+def fit_card(gib):
+    """Use at most `gib` GiB of the GPU, or all if it is 0, and trade speed for memory on a small
+    one."""
+    total = torch.cuda.get_device_properties().total_memory / GIB
+    if 0 < gib < total:
+        torch.cuda.set_per_process_memory_fraction(gib / total)
+    fast.fit_tiles(min(gib or total, total))
+    if fast.is_small(min(gib or total, total)):
+        memory.AHEAD = 0
 
 
 def computed_in(device):
@@ -109,9 +123,14 @@ def build_model(options, config, device, mesh, dtype):
         param_dtype=dtype, reduce_dtype=reduced, cast_forward_inputs=False
     )
     mesh = mesh if options.replicas > 1 else mesh["shard"]
-    model = model.to(stored)
+    whole = set()  # parameters of which every rank holds all
+    if options.lora_rank:
+        lora.adapt_as(options, model.to(dtype), stored)
+        whole = set() if options.shard_frozen else set(lora.base(model).values())
+    else:
+        model = model.to(stored)
     for module in [*model.blocks, model]:
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=whole)
         # The loss is divided by the number of targets on all ranks, so gradients are summed. Not by
         # NCCL's scaled sum, which FSDP would ask for and gloo does not have.
         module.set_gradient_divide_factor(1.0)
@@ -121,7 +140,11 @@ def build_model(options, config, device, mesh, dtype):
     for method in ("logprobs", "routes"):  # FSDP gathers weights for forward() alone
         register_fsdp_forward_method(model, method)
     model.to_empty(device=device)
-    if options.checkpoint:
+    if options.lora_rank:
+        if options.offload and not options.shard_frozen:
+            lora.embed_on_host(model)
+        lora.load_base(model, options.checkpoint, options.seed)
+    elif options.checkpoint:
         load_weights(model, options.checkpoint)
     else:
         model.init_weights(options.seed)
@@ -133,7 +156,7 @@ def build_optimizer(options, model):
     optimizer can stand in its place: saving and resuming take whatever state it has."""
     matrices, others = [], []
     for name, p in trained(model).items():
-        matrix = name.endswith("weight") and not name.endswith("norm.weight")
+        matrix = name.endswith(("weight", "lora_a", "lora_b")) and not name.endswith("norm.weight")
         (matrices if matrix else others).append(p)
     groups = [
         {"params": matrices, "weight_decay": options.weight_decay},
@@ -223,7 +246,8 @@ def train(options):
     watch = Watch(options)
     device, mesh = start_ranks(options)
 
-    states = States(folder / "states", options, identity(options, config, data))
+    who = identity(options, config, data) | lora.identity_of(options)
+    states = States(folder / "states", options, who)
     at = states.newest() if options.resume else Progress()
     if at.step > options.steps or (at.ended(options) and exists(folder / "model")):
         say(f"{folder} has ended after step {at.step - 1}: nothing is left to do")
@@ -310,10 +334,13 @@ def save_model(options, model, folder, dtype, states):
             copy_companions(Path(options.checkpoint), path.parent, (*COMPANIONS, HF_CONFIG))
 
     try:
-        save_weights(model, folder / "model", dtype, write_config)
+        if options.lora_rank:
+            lora.save_adapters(model, folder / "model", lora.settings_of(options), write_config)
+        else:
+            save_weights(model, folder / "model", dtype, write_config)
     except OSError as error:
         raise OSError(f"cannot write {folder / 'model'}: {error}") from None
-    say(f"weights are in {folder / 'model'}{which}")
+    say(f"{'adapters' if options.lora_rank else 'weights'} are in {folder / 'model'}{which}")
 
 
 def leave(watch):

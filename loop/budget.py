@@ -66,10 +66,13 @@ def backward_forwards(name):
     return 2.5 if name in ("causal", "window") else 2
 
 
-def flops_per_token(config, seq_len):
+def flops_per_token(config, seq_len, frozen=False):
     """Model FLOPs of training on one token of a sequence of `seq_len`: forward, and twice that
-    backward."""
-    return 3 * sum(forward_flops(config, seq_len).values()) / seq_len
+    backward. Frozen matrices have no gradient: their backward is one forward; adapters count for
+    nothing."""
+    forward = forward_flops(config, seq_len)
+    backward = {name: 1 if frozen and name in matrices(config) else 2 for name in forward}
+    return sum(flops * (1 + backward[name]) for name, flops in forward.items()) / seq_len
 
 
 # What a recomputed block computes twice. Not `down`: no backward reads its output. The unembedding
@@ -88,15 +91,15 @@ def recomputed_flops(config, seq_len, recompute, keep_blocks):
     return sum(flops[name] for name in RECOMPUTED[recompute]) / seq_len
 
 
-def flops_of(config, documents):
+def flops_of(config, documents, frozen=False):
     """Model FLOPs of training on sequences of packed documents (B, S): attention stays inside each
-    document."""
+    document. frozen: see flops_per_token."""
     lengths = [
         n
         for sequence in documents
         for n in sequence.unique_consecutive(return_counts=True)[1].tolist()
     ]
-    return sum(n * flops_per_token(config, n) for n in lengths)
+    return sum(n * flops_per_token(config, n, frozen) for n in lengths)
 
 
 # dense bf16 FLOP/s, from NVIDIA's data sheets

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import torch
 
+import lora
 from data import TokenData
 from folders import exists
 from loop.options import check_ranks, find_checkpoint, model_config, own_held_out
 from loop.states import saved_states
 from model import GPTOSS
 from tokenizer import get_tokenizer
-from weights import INDEX, open_weights
+from weights import ADAPTERS, INDEX, open_weights
 
 
 def check_run(options):
@@ -31,7 +32,7 @@ def check_run(options):
         raise ValueError("wandb=True: install it with `pip install wandb`, or leave the option out")
     if options.checkpoint:
         options = dataclasses.replace(options, checkpoint=str(find_checkpoint(options)))
-        check_checkpoint(options.checkpoint, config)
+        check_checkpoint(options, config)
     data, held_out = check_data(options, config)
     if options.epochs:
         steps = math.ceil(options.epochs * data.sequences_per_epoch / options.batch_size)
@@ -91,8 +92,17 @@ def check_folder(options):
         raise ValueError(f"{run / 'states'} is not a folder: remove it, or choose another --name")
 
 
-def check_checkpoint(folder, config):
-    """ValueError if the weights in `folder` are not those of a model of this config."""
+def check_checkpoint(options, config):
+    """ValueError if the weights in options.checkpoint are not those of a model of this config, or
+    cannot have the adapters that are asked for."""
+    folder = options.checkpoint
+    if exists(Path(folder) / ADAPTERS):
+        raise ValueError(
+            f"checkpoint={folder} holds adapters: `python convert_hf.py --export {folder} --out "
+            "DIR` merges them, and DIR can be imported; or --resume the run that made them"
+        )
+    if options.lora_rank:
+        return lora.check_run(options, config)
     with torch.device("meta"):
         wanted = dict(GPTOSS(config).named_parameters())
     open_weights(wanted, folder)

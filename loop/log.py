@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import fast
+import lora
 from loop.budget import flops_of, peak_flops
 from loop.plan import arithmetic
 
@@ -38,7 +39,9 @@ class Log:
         if options.wandb:
             self.connect(settings)
         replace_text(folder / "config.json", json.dumps(settings, indent=2) + "\n")
-        parameters = sum(p.numel() for p in model.parameters())
+        if options.lora_rank:
+            self.say(lora.describe(options, model))
+        parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.say(arithmetic(options, self.config, parameters, dist.get_world_size()))
         self.say(describe_plan(options, data))
         if held_out:
@@ -76,7 +79,8 @@ class Log:
     def step(self, batches, *, show, **values):
         """The step has ended: measure it, write its metrics, and print its line if it is due, or
         if `show`. `batches`: what data.batch returned to this rank."""
-        flops = sum(flops_of(self.config, documents) for _, _, documents in batches)
+        frozen = self.options.lora_rank > 0
+        flops = sum(flops_of(self.config, documents, frozen) for _, _, documents in batches)
         flops, imbalance = measure(self.model, flops / self.options.sp)  # waits for the GPU
         seconds, ranks, done = (
             time.perf_counter() - self.began,

@@ -52,8 +52,17 @@ class Options(GPTOSSConfig):
     grad_clip: float = option(1.0, "largest gradient norm; 0: no limit")
     optimizer: str = option("fp32", "AdamW. fp32: 16 bytes per parameter; split: 10, moments bf16")
 
+    lora_rank: int = heading("Low-rank adapters", 0, "their rank; 0: every weight is trained")
+    lora_alpha: float = option(32.0, "what adapters add is multiplied by alpha / rank")
+    lora_targets: str = option(
+        "attention", "attention (or qkv, out), experts (gate_up, down), router, all"
+    )
+    lora_layers: str = option("", "layers that have adapters, as in 0-3,12; empty: all")
+    frozen: str = option("bf16", "experts under adapters: bf16, or mxfp4, packed as released")
+    shard_frozen: bool = option(False, "split frozen weights over the ranks; false: a copy on each")
+
     ranks: int = heading("GPUs and memory", 1, "of a dry run or a rehearsal; torchrun's count wins")
-    gpu_gib: float = option(0.0, "memory of the GPUs of a dry run; 0: that of this machine's")
+    gpu_gib: float = option(0.0, "memory to use of each GPU; 0: all. A dry run plans for it")
     gbps: float = option(350.0, "GB/s that each GPU of a rehearsal is taken to send")
     sp: int = option(1, "ranks that share each sequence (Ulysses)")
     replicas: int = option(1, "copies of the sharded model, one per node for example (HSDP)")
@@ -93,6 +102,14 @@ class Options(GPTOSSConfig):
                 f"keep_blocks={self.keep_blocks} keep more than those: "
                 "choose recompute=attention or all, and keep_blocks=0"
             )
+        for name in ("frozen", "shard_frozen"):
+            if not self.lora_rank and (value := getattr(self, name)) not in ("bf16", False):
+                raise ValueError(f"{name}={value} is for adapters: set --lora_rank too")
+        if self.lora_rank and not (self.checkpoint or self.dry_run or self.rehearse):
+            raise ValueError(
+                f"lora_rank={self.lora_rank}: adapters are kept apart from the weights that they "
+                "adapt: name those, --checkpoint=..."
+            )
         for name in ("keep_best", "stop_after"):
             if getattr(self, name) and not self.eval_every:
                 value = getattr(self, name)
@@ -104,8 +121,9 @@ class Options(GPTOSSConfig):
 
 
 CHOICES = {"optimizer": ("fp32", "split"), "recompute": ("none", "attention", "all")}
+CHOICES["frozen"] = ("bf16", "mxfp4")
 MAY_BE_ZERO = {"epochs", "eval_every", "gpu_gib", "grad_clip", "keep_blocks", "save_every", "seed"}
-MAY_BE_ZERO |= {"stop_after", "warmup_steps", "weight_decay"}
+MAY_BE_ZERO |= {"lora_rank", "stop_after", "warmup_steps", "weight_decay"}
 
 REMOVED = {  # options of earlier versions, and what to do now
     "beta1": "beta1 is fixed at 0.9 now: leave it out",

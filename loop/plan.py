@@ -138,7 +138,7 @@ def arithmetic(options, config, parameters, ranks):
     attention."""
     groups, tokens = ranks // options.sp, options.batch_size * options.seq_len
     micro_batches = options.batch_size // groups // options.micro_batch
-    flops = flops_per_token(config, options.seq_len)
+    flops = flops_per_token(config, options.seq_len, options.lora_rank > 0)
     again = recomputed_flops(config, options.seq_len, options.recompute, options.keep_blocks)
     more = f", and {again / flops:.0%} more for what is recomputed" if again else ""
     return (
