@@ -158,22 +158,17 @@ class Log:
 
 
 def draw(path, rows):
-    import matplotlib
+    from matplotlib.figure import Figure  # not pyplot, which keeps every figure
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4))
+    figure = Figure(figsize=(7, 4))
+    axes = figure.subplots()
     for key, label in (("loss", "training"), ("eval_loss", "held out")):
         points = [(r["step"], r[key]) for r in rows if type(r.get(key)) in (int, float)]
         if points:
             axes.plot(*zip(*points), label=label, marker="o" if key == "eval_loss" else None)
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.legend()
-    try:
-        figure.savefig(path, dpi=120, bbox_inches="tight")
-    finally:
-        pyplot.close(figure)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
 def replace_text(path, content):
