@@ -1,7 +1,8 @@
-"""What the tests share: small models with noise in every parameter, their twins in transformers, and ranks to run them on.
+"""What the tests share: small models with noise in every parameter, the same in transformers, and
+ranks to run them on.
 
-Noise everywhere, because a zero hides bugs: a sink, a bias or a norm that is left out changes nothing while it is zero.
-"""
+Noise everywhere, because a zero hides bugs: a sink or a bias that is left out changes nothing while
+it is zero."""
 
 import multiprocessing
 import os
@@ -23,7 +24,8 @@ from weights import copy_rows
 
 
 def tiny_config(**changes):
-    """A small model in which no two sizes are equal. The initial context is short, so that YaRN's ramp matters at once."""
+    """A small model in which no two sizes are equal. Its initial context is short, so that YaRN's
+    ramp matters from the first positions on."""
     sizes = {
         "num_hidden_layers": 3,
         "num_experts": 5,
@@ -32,7 +34,7 @@ def tiny_config(**changes):
         "hidden_size": 20,
         "intermediate_size": 12,
         "head_dim": 8,
-        "num_attention_heads": 6,  # heads times head_dim is not the hidden size, as in the real model
+        "num_attention_heads": 6,  # times head_dim is not hidden_size, as in the real model
         "num_key_value_heads": 3,
         "sliding_window": 7,
         "swiglu_limit": 1.5,  # low enough to clamp a good part of the gates
@@ -45,7 +47,7 @@ def tiny_config(**changes):
 
 
 def random_bf16(x, generator):
-    """fp32 -> the value in bf16 above or below, at random, the nearer the likelier."""
+    """fp32 -> the bf16 value above or below, at random, the nearer one more often."""
     random = torch.randint(
         1 << 16, x.shape, generator=generator, dtype=torch.int32, device=x.device
     )
@@ -54,8 +56,9 @@ def random_bf16(x, generator):
 
 @torch.no_grad()
 def noise_(module, seed=0, rounding=None):
-    """Fill every parameter, here or in transformers, sharded or not, with noise that leaves activations near 1 and makes biases
-    matter. It is made where the parameter is, and depends on that; `rounding`, a seed: it is rounded to bf16 by random_bf16."""
+    """Fill every parameter of a model, ours or transformers', sharded or not, with noise that keeps
+    activations near 1 and makes biases matter. It is generated on the parameter's device, and
+    differs between devices. rounding: a seed with which random_bf16 rounds it."""
     for number, (name, parameter) in enumerate(module.named_parameters()):
         generator = torch.Generator(parameter.device).manual_seed(1000 * seed + number)
         noise = torch.randn(parameter.shape, generator=generator, device=parameter.device)
@@ -100,7 +103,7 @@ def relative(actual, expected):
 
 
 def assert_all_close(actual, expected, tolerance):
-    """Two dictionaries of tensors: equal keys, and for each a relative error of at most `tolerance`."""
+    """Two dictionaries of tensors: equal keys, each relative error at most `tolerance`."""
     assert actual.keys() == expected.keys()
     errors = {name: relative(actual[name], expected[name]) for name in expected}
     wrong = {
@@ -185,8 +188,9 @@ def hugging_face_config(config, **changes):
         "original_max_position_embeddings": config.initial_context_length,
         "truncate": changes.pop("truncate", False),
     }
-    same = "num_hidden_layers vocab_size hidden_size intermediate_size head_dim num_attention_heads num_key_value_heads"
-    same += " sliding_window swiglu_limit max_position_embeddings rms_norm_eps"
+    same = "num_hidden_layers vocab_size hidden_size intermediate_size head_dim sliding_window"
+    same += " num_attention_heads num_key_value_heads swiglu_limit max_position_embeddings"
+    same += " rms_norm_eps"
     return transformers.GptOssConfig(
         **{name: getattr(config, name) for name in same.split()},
         num_local_experts=config.num_experts,
@@ -228,7 +232,8 @@ def from_hugging_face(theirs):
 
 
 def twins(config, seed=0, recompute="none"):
-    """The same noise as a GPTOSS and as transformers' GptOssForCausalLM, whose attention and experts are the plain ones."""
+    """The same noise as a GPTOSS and as transformers' GptOssForCausalLM with eager attention and
+    experts."""
     transformers = pytest.importorskip("transformers", reason="transformers is the reference")
     theirs = hugging_face_config(
         config, attn_implementation="eager", experts_implementation="eager"
@@ -252,13 +257,14 @@ def hugging_face_gradients(theirs):
 
 
 def run_ranks(n, function, *arguments, backend="gloo", timeout=200):
-    """[what function(*arguments) returned on rank 0, on rank 1, …], each rank a process of its own on this machine.
+    """[what function(*arguments) returned on rank 0, on rank 1, …], each rank a process of its own
+    on this machine.
 
-    RuntimeError with the traceback of the first rank that failed, TimeoutError after `timeout` seconds: no rank survives.
-    The processes are forked from a server that has imported what takes long, so that only the first start is slow."""
-    multiprocessing.set_forkserver_preload(
-        ["model", "pytest"]
-    )  # it finds ours in the working directory, or does without
+    RuntimeError with the traceback of the first rank that failed, TimeoutError after `timeout`
+    seconds; no rank survives either. The processes are forked from a server that has imported what
+    takes long, so that only the first start is slow."""
+    # found in the working directory, or done without
+    multiprocessing.set_forkserver_preload(["model", "pytest"])
     with tempfile.TemporaryDirectory() as folder:
         ranks = start_processes(
             _one_rank,

@@ -1,8 +1,8 @@
 """sp.py: one rank against two, four and eight, in fp32 over gloo.
 
-Each number of ranks is started once and runs all its cases; the tests look at what came back. In every case the loss is the
-sum of the ranks' losses, a gradient the sum of the ranks' gradients, and all sizes differ, so that no two can be mixed up.
-"""
+Each number of ranks is started once and runs all its cases; the tests look at what came back. In
+every case the loss is the sum of the ranks' losses and a gradient the sum of the ranks' gradients.
+All sizes differ, so that no two can be mixed up."""
 
 import functools
 
@@ -34,19 +34,19 @@ SIZES = {
     "num_hidden_layers": 2,
 }
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The model, sequence-parallel
 
 
 def straddling():
-    """Documents whose ends are nobody's slice's ends; one spans three of eight slices; numbered in no order."""
+    """Documents, numbered in no order, that end inside slices; one spans three of eight slices."""
     return torch.stack([packed([3, 18, 1, 18], [4, 0, 9, 2]), packed([33, 7], [1, 5])])
 
 
 def model_case(
     kv_heads=4, window=7, documents=False, recompute="none", masked=slice(0, 0), cotangents=False
 ):
-    """A model and its batch, the same wherever it is made. `masked`: positions of which no target counts."""
+    """A model and its batch, the same on every rank. masked: positions with ignored targets."""
     config = tiny_config(**SIZES, num_key_value_heads=kv_heads, sliding_window=window)
     tokens, targets = batch(config, B, S)
     targets[:, masked] = IGNORED
@@ -64,7 +64,7 @@ def model_case(
 
 
 def outcome(model, tokens, targets, documents, grad):
-    """The loss, the logprobs, and the gradients of the loss or, with `grad`, of sum(grad * logprobs)."""
+    """The loss, the logprobs, and the gradients of the loss, or of sum(grad * logprobs)."""
     logprobs, loss = model.logprobs(tokens, targets, documents), model(tokens, targets, documents)
     (loss if grad is None else (logprobs * grad).sum()).backward()
     return {"loss": loss.detach(), "logprobs": logprobs.detach(), "gradients": gradients(model)}
@@ -108,7 +108,7 @@ def together(case):
     return outcome(model, *sp.shard(*tensors[:2]), *sp.shard(*tensors[2:]))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The pieces, on ranks. A check that fails raises, and the test shows its traceback.
 
 
@@ -209,7 +209,8 @@ def attention_case(K):
 
 
 def check_wrapper(sent=1):
-    """ulysses around other functions: outputs, gradients, arguments that pass through, four all-to-alls of `sent` calls."""
+    """ulysses around other functions: outputs, gradients, arguments that pass through, and four
+    all-to-alls of `sent` calls each."""
     mask = torch.rand(S, S, generator=torch.Generator().manual_seed(0)) < 0.5
     mask.fill_diagonal_(True)
     exchanges, all_to_all = [], dist.all_to_all_single
@@ -321,8 +322,9 @@ MISTAKES = [wrong_sinks, wrong_count, wrong_documents, wrong_positions]
 
 
 def on_a_rank(n):
-    """Everything that n ranks do: {name: result}. For n < 8 the group is the second half of 2 n ranks, as it is
-    beside data parallelism, so that a rank's number in its group is not its number in the world."""
+    """Everything that n ranks do: {name: result}. For n < 8 the group is the second half of 2 n
+    ranks, as with data parallelism, so that a rank's number in its group is not its number in the
+    world."""
     groups = dist.get_world_size() // n
     mesh = init_device_mesh("cpu", (groups, n), mesh_dim_names=("dp", "sp"))["sp"]
     if dist.get_rank() < n * (groups - 1):
@@ -371,7 +373,7 @@ def summed(n, name):
     return loss, logprobs, {name: sum(part["gradients"][name] for part in parts) for name in names}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Tests
 
 
