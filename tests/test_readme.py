@@ -44,7 +44,12 @@ STAND_INS = {  # a command of the README: what is added to it here; None: it doe
     "torchrun --nproc_per_node 8 train.py configs/gptoss_64k.py --steps=400": SMALL_RUN,
     'python sample.py runs/gptoss_64k "Why is the sky blue?"': "--max_tokens=3",
     "python convert_hf.py --export runs/gptoss_64k --out my-model": "",
+    "python convert_hf.py openai/gpt-oss-20b --packed --out checkpoints/packed": "",
+    "python train.py --name=lora --checkpoint=checkpoints/packed --frozen=mxfp4 --lora_rank=16 "
+    "--data=data/corpus --seq_len=16384 --batch_size=8 --steps=200": "--seq_len=64 --steps=2",
     "python -m bench --against=transformers": "--rows=16 --layers=1",
+    "python -m bench --adapters": "--rows=16",
+    "python -m bench --generate": "--rows=1x16",
     "python train.py --help": "",
     "pytest --slow": None,
 }
@@ -106,8 +111,13 @@ def run(home, command, monkeypatch, capsys):
     if added is None:
         return
     words += shlex.split(added)
-    if program == "torchrun":
-        return runs.train(home, *words[words.index("train.py") + 1 :], ranks=2)
+    if (
+        program == "torchrun"
+        or words[0] == "train.py"
+        and {"--dry_run", "--help"}.isdisjoint(words)
+    ):
+        ranks = 2 if program == "torchrun" else 1
+        return runs.train(home, *words[words.index("train.py") + 1 :], ranks=ranks)
     if words[0] == "-m":
         importlib.import_module(f"{words[1]}.__main__").main(words[2:])
     else:
@@ -119,7 +129,7 @@ def run(home, command, monkeypatch, capsys):
 
 def test_commands_run(home, monkeypatch, capsys):
     """All of them, in the README's order, and they do what it says."""
-    convert_hf.main(["--export", "tiny", "--out", "openai/gpt-oss-20b"])
+    convert_hf.main(["--export", "tiny", "--out", "openai/gpt-oss-20b", "--mxfp4"])
     said = {}
     for command in commands("README.md"):
         print(command)
