@@ -1,7 +1,7 @@
 """Chats to tokens, with what is trained on: the harmony format, https://github.com/openai/harmony.
 
-records.py reads the formats that chats come in. OpenAI's package renders what is around the texts
-(who speaks to whom, on which channel, the system message, the definitions of tools); the texts
+text/records.py reads the formats that chats come in. OpenAI's package renders what is around the
+texts (who speaks to whom, on which channel, the system message, the definitions of tools); the texts
 themselves are encoded by tiktoken, whose vocabulary is the same: the package needs quadratic time
 for a long run of letters, blanks or signs.
 """
@@ -13,8 +13,8 @@ import tempfile
 
 import numpy as np
 
-from records import drop_history, read_chat
-from tokenizer import ByteTokenizer, HarmonyTokenizer, get_tokenizer
+from text.records import drop_history, read_chat
+from text.tokenizer import ByteTokenizer, HarmonyTokenizer, get_tokenizer
 
 START = 200_006  # <|start|>
 # What looks like control tokens of a chat model, ours or another's, when it stands in a text.
@@ -169,7 +169,7 @@ def control_tokens(text):
 
 
 def render_record(record, tokenizer, history="keep", ignore=()):
-    """A record in one of the formats of records.py -> tokens (uint32), which of them the loss
+    """A record in one of the formats of text/records.py -> tokens (uint32), which of them the loss
     counts (bool), and notes: (kind, detail) -> how often.
 
     Counted is what the model itself must produce, on any channel: after the prompt's

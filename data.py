@@ -7,8 +7,8 @@
     python data.py chats.jsonl --show=3                                # what is trained on, marked
     python data.py --help
 
-sources.py says what is read, records.py which formats of chats, corpus.py how a corpus lies on the
-disk. `TokenData` packs its documents into sequences of seq_len tokens.
+text/sources.py says what is read, text/records.py which formats of chats, text/corpus.py how a
+corpus is stored. `TokenData` packs its documents into sequences of seq_len tokens.
 """
 
 import argparse
@@ -25,11 +25,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from corpus import Writer, copy_documents, open_corpus, open_folder
-from encode import encode_all
 from folders import Aside
-from sources import find_files, read_documents
-from tokenizer import TOKENIZERS, HarmonyTokenizer, get_tokenizer
+from text.corpus import Writer, copy_documents, open_corpus, open_folder
+from text.encode import encode_all
+from text.sources import find_files, read_documents
+from text.tokenizer import TOKENIZERS, HarmonyTokenizer, get_tokenizer
 
 IGNORED = -100  # a target that the loss does not count, as in model.py
 SHOWN = 2000  # tokens of a document that --show prints

@@ -26,13 +26,13 @@ import torch
 
 import fast as switch
 import lora
-from answers import parse, readable, text_of
 from chat import render_bytes, render_harmony
 from generate import Decoder, cache_bytes, check_request, room_for
 from model import GPTOSS, GPTOSSConfig
-from records import EFFORTS, Chat, drop_history
 from snapshots import find_state, load_state, state_config
-from tokenizer import TOKENIZERS, ByteTokenizer, HarmonyTokenizer, get_tokenizer
+from text.answers import parse, readable, text_of
+from text.records import EFFORTS, Chat, drop_history
+from text.tokenizer import TOKENIZERS, ByteTokenizer, HarmonyTokenizer, get_tokenizer
 from weights import find_model, read_json, stored_dtype
 
 GIB = 2**30

@@ -16,7 +16,7 @@ from folders import exists
 from loop.options import check_ranks, find_checkpoint, model_config, own_held_out
 from loop.states import saved_states
 from model import GPTOSS
-from tokenizer import get_tokenizer
+from text.tokenizer import get_tokenizer
 from weights import ADAPTERS, INDEX, open_weights
 
 

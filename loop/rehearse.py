@@ -28,7 +28,7 @@ from loop.guards import memory_advice
 from loop.options import check_ranks, model_config
 from loop.plan import peak, settings_of
 from model import GPTOSSConfig
-from tokenizer import TOKENIZERS
+from text.tokenizer import TOKENIZERS
 
 KINDS = "all_gather", "reduce_scatter", "all_to_all", "all_reduce"
 STEPS = 4  # of which the first compiles; the time of a step is the median of the others

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from answers import CONTROL, parse, readable, text_of
-from tokenizer import get_tokenizer
+from text.answers import CONTROL, parse, readable, text_of
+from text.tokenizer import get_tokenizer
 
 BYTES = get_tokenizer("bytes")
 

@@ -31,7 +31,7 @@ from hypothesis import strategies as st
 
 import chat
 from data import TokenData, write_corpus
-from tokenizer import get_tokenizer
+from text.tokenizer import get_tokenizer
 
 
 @pytest.fixture

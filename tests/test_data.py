@@ -19,10 +19,10 @@ from corpora import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import corpus
 import data
 from data import TokenData, pack, write_corpus
-from tokenizer import HarmonyTokenizer, get_tokenizer
+from text import corpus
+from text.tokenizer import HarmonyTokenizer, get_tokenizer
 
 
 @pytest.fixture

@@ -25,8 +25,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import chat
-import encode
-from tokenizer import get_tokenizer
+from text import encode
+from text.tokenizer import get_tokenizer
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT
+from runs import NO_GPU, Run, make_home
 
 import loop.rehearse as rehearsal
 import sp
@@ -20,7 +21,6 @@ from loop.budget import BYTES, count_parameters, sent_bytes
 from loop.options import Options, model_config, parse
 from loop.plan import settings_of
 from loop.rehearse import KINDS, StandIn, stand_in
-from runs import NO_GPU, Run, make_home
 from train import build_model, build_optimizer, start_ranks, train
 
 KEYS = {"peak_gib", "reserved_gib", "alloc_retries", "dry_run_gib", "seconds", "copy_seconds"}
@@ -121,9 +121,7 @@ def test_sent_bytes_are_what_the_stand_in_counts(changes, home, monkeypatch):
         "num_experts": 8,
         "vocab_size": 264,
     }
-    given = (
-        {"ranks": 8, "batch_size": 16, "recompute": "all"} | sizes | changes
-    )
+    given = {"ranks": 8, "batch_size": 16, "recompute": "all"} | sizes | changes
     options = parse(["tiny.py", *(f"--{k}={v}" for k, v in given.items())], "")
     monkeypatch.setattr("train.computed_in", lambda device: torch.bfloat16)
     options.rehearse, options.data, options.name = True, "random", "sent"

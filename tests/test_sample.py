@@ -26,7 +26,7 @@ from lora import identity as base_identity
 from model import GPTOSS
 from sample import chat_prompt, drawable, locate, write
 from snapshots import find_state, load_state
-from tokenizer import ByteTokenizer, get_tokenizer
+from text.tokenizer import ByteTokenizer, get_tokenizer
 
 BYTES = get_tokenizer("bytes")
 SIZES = {"vocab_size": 300, "max_position_embeddings": 128}

@@ -17,11 +17,10 @@ import pytest
 from corpora import ROOT, command_line, need_vocabulary, read_folder, write_jsonl
 
 import data
-import encode
-import sources
-import tokenizer as tokenizers
 from data import write_corpus
-from tokenizer import get_tokenizer
+from text import encode, sources
+from text import tokenizer as tokenizers
+from text.tokenizer import get_tokenizer
 
 BYTES = get_tokenizer("bytes")
 

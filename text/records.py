@@ -16,7 +16,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 
-from sources import without_nulls
+from text.sources import without_nulls
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 HARMONY_KEYS = ("channel", "recipient", "content_type")  # of a message that is harmony's already

@@ -11,7 +11,7 @@ Byte models spell the control tokens out, letter by letter; both kinds are read 
 import codecs
 import re
 
-from tokenizer import ByteTokenizer
+from text.tokenizer import ByteTokenizer
 
 START, CHANNEL, CONSTRAIN, MESSAGE = "<|start|>", "<|channel|>", "<|constrain|>", "<|message|>"
 ENDS = "<|end|>", "<|return|>", "<|call|>"

@@ -12,7 +12,7 @@ from multiprocessing import connection
 import numpy as np
 
 from chat import control_tokens, render_record
-from tokenizer import get_tokenizer
+from text.tokenizer import get_tokenizer
 
 BATCH_BYTES, BATCH_DOCUMENTS = 1 << 18, 64  # that a worker gets at a time
 FORMATS = ("text", "messages", "conversations", "conversation", "completion")

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from encode import encode_text
-from tokenizer import TOKENIZERS, ByteTokenizer
+from text.encode import encode_text
+from text.tokenizer import TOKENIZERS, ByteTokenizer
 
 SCANNED = 1 << 22  # tokens that are read at a time where all are
 
