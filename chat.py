@@ -1,9 +1,9 @@
 """Chats to tokens, with what is trained on: the harmony format, https://github.com/openai/harmony.
 
 text/records.py reads the formats that chats come in. OpenAI's package renders what is around the
-texts (who speaks to whom, on which channel, the system message, the definitions of tools); the texts
-themselves are encoded by tiktoken, whose vocabulary is the same: the package needs quadratic time
-for a long run of letters, blanks or signs.
+texts (who speaks to whom, on which channel, the system message, the definitions of tools). The
+texts themselves are encoded by tiktoken, whose vocabulary is the same, because the package needs
+quadratic time for a long run of letters, blanks or signs.
 """
 
 import functools
