@@ -270,7 +270,8 @@ def test_commands_parse(document, monkeypatch):
         (bench, ["measure"]),
         (bench.plots, ["plot"]),
         (bench.curves, ["main"]),
-        (convert_hf, ["import_checkpoint", "export_checkpoint", "verify"]),
+        # the first of what a conversion does
+        (convert_hf, ["import_checkpoint", "export_checkpoint", "verify", "find_model"]),
         (data, ["run"]),
         (sample, ["write"]),
     ):
