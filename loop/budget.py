@@ -233,6 +233,7 @@ def sent_bytes(
     optimizer,
     recompute,
     keep_blocks,
+    adapters=None,
     **_,
 ):
     """{kind of collective: bytes} that one rank sends in a step, for a computation in bf16. Without
@@ -242,6 +243,8 @@ def sent_bytes(
     summed = 2 if adds_in_bf16(ranks, optimizer) else 4
     # weights are gathered for the forward and again for the backward, those outside of blocks once
     gathered = 2 * (2 * (parameters - ends) + ends)
+    if adapters:  # `parameters` are theirs, and frozen weights are gathered only if they are shared
+        gathered = 2 * 2 * parameters + 2 * adapters["frozen"] * adapters["shared"]
     # all-to-all: q, k, v and out, in the forward, its replay and the backward
     heads = config.num_attention_heads * config.head_dim
     qkv = heads + 2 * max(config.num_key_value_heads, sp) * config.head_dim

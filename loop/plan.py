@@ -1,13 +1,13 @@
 """What a run will need, whether that fits, and which settings would be the fastest that fit: the
 dry run."""
 
-import importlib.util
 import os
 from contextlib import suppress
 from dataclasses import replace
 
 import torch
 
+from loop import adapters
 from loop.budget import (
     BYTES,
     GIB,
@@ -30,17 +30,28 @@ SHARE = 0.93  # of a GPU's memory that a plan may use: CUDA and NCCL take some, 
 def settings_of(options, config, ranks):
     """What `estimate` and `sent_bytes` ask for, of a run with these options."""
     micro_batches = options.batch_size * options.sp // (ranks * options.micro_batch)
-    return {
-        "parameters": count_parameters(config),
-        "ranks": ranks,
-        "micro_batches": micro_batches,
-        **{name: getattr(options, name) for name in SETTINGS},
-    }
+    settings = {name: getattr(options, name) for name in SETTINGS}
+    if options.lora_rank:
+        settings["adapters"] = adapters.facts(options, config, card(options))
+    trained = settings["adapters"]["trained"] if options.lora_rank else count_parameters(config)
+    return {"parameters": trained, "ranks": ranks, "micro_batches": micro_batches, **settings}
+
+
+def card(options):
+    """GiB of the GPUs of a run; 0 if nobody knows."""
+    if not options.gpu_gib and torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory / GIB
+    return options.gpu_gib
+
+
+def needs(config, settings):
+    """{what for: bytes} of a rank."""
+    return (adapters.estimate if "adapters" in settings else estimate)(config, **settings)
 
 
 def peak(config, settings):
     """Bytes that decide whether a run fits."""
-    return sum(estimate(config, **settings).values())
+    return sum(needs(config, settings).values())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -61,13 +72,15 @@ def seconds(config, settings, gbps=350):
     replayed = forward_flops(config, seq_len, range(max(L - settings["keep_blocks"], 0)))
     of_matrices, time = matrices(config), 0
     for name, flops in forward.items():
-        # the backward of a matmul is two, attention's two and a half forwards
-        flops *= 3 if name in of_matrices else 3.5
+        # the backward of a matmul is two, or for a frozen matrix one, attention's two and a half
+        flops *= (2 if "adapters" in settings else 3) if name in of_matrices else 3.5
         flops += replayed[name] * (name in RECOMPUTED[settings["recompute"]])
         rate = MATMUL if name in of_matrices else ATTENTION
         time += flops * (WINDOW if name == "window" else 1) / rate
     sequences = settings["micro_batches"] * settings["micro_batch"] / settings["sp"]  # of this rank
     time = time * sequences + settings["micro_batches"] * PER_PARAMETER * settings["parameters"]
+    if "adapters" in settings:
+        time += settings["micro_batches"] * settings["adapters"]["seconds"]
     sent = {kind: size / gbps / 1e9 for kind, size in sent_bytes(config, **settings).items()}
     between = sent.pop("all_to_all")
     return max(time, sum(sent.values())) + between
@@ -189,8 +202,8 @@ def verdict(options, config, settings, gpu_gib):
             batch = f" and --batch_size={larger.batch_size}" * (larger != options)
             yield f"{more} GPUs{batch} would do:\n  {describe(config, found[0])}"
             break
-    if importlib.util.find_spec("lora"):
-        yield "or train adapters on frozen weights, which need no optimizer of that size: lora.py"
+    if "adapters" not in settings:
+        yield "or train adapters, on one GPU from 24 GB up: configs/gptoss_lora.py"
 
 
 def dry_run(options):
@@ -201,7 +214,7 @@ def dry_run(options):
         return
     settings = settings_of(options, config, ranks)
     print(arithmetic(options, config, settings["parameters"], ranks))
-    for what, size in estimate(config, **settings).items():
+    for what, size in needs(config, settings).items():
         print(f"{size / GIB:8.1f} GiB  {what}")
     total = peak(config, settings) / GIB
     print(f"{total:8.1f} GiB  peak of each of {ranks} GPUs, without what CUDA and NCCL take")
@@ -209,9 +222,6 @@ def dry_run(options):
         hidden = options.micro_batch * options.seq_len // options.sp * config.hidden_size * 2
         host = hidden * (config.num_hidden_layers + 1) / GIB
         print(f"{host:8.1f} GiB  of host memory for each GPU: the blocks' inputs")
-    gpu_gib = options.gpu_gib
-    if not gpu_gib and torch.cuda.is_available():
-        gpu_gib = torch.cuda.get_device_properties(0).total_memory / GIB
-    if gpu_gib:
+    if gpu_gib := card(options):
         for line in verdict(options, config, settings, gpu_gib):
             print(line)
