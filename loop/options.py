@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import math
 import runpy
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -317,10 +318,10 @@ def help_text(usage):
         if f.name not in sizes:
             if "heading" in f.metadata:
                 lines += ["", f.metadata["heading"]]
-            lines.append(f"  --{f.name}={f.default}".ljust(26) + f.metadata["meaning"])
+            lines.append(f"  --{f.name}={f.default}".ljust(27) + f.metadata["meaning"])
     lines += ["", "Sizes of a model that starts from random weights (the defaults are the 20b's)"]
-    for f in dataclasses.fields(GPTOSSConfig):
-        lines.append(f"  --{f.name}={f.default}")
+    listed = " ".join(f"--{f.name}={f.default}" for f in dataclasses.fields(GPTOSSConfig))
+    lines += textwrap.wrap(listed, 96, initial_indent="  ", subsequent_indent="  ")
     return "\n".join(lines)
 
 
