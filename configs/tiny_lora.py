@@ -1,5 +1,6 @@
-"""configs/finetune_chat.py with low-rank adapters: the model of configs/tiny.py stays as it is, and
-adapters learn to answer.
+"""configs/finetune_chat.py with low-rank adapters: the model of configs/tiny.py stays as it is.
+
+The adapters learn the form of an answer; which keyword it names only full tuning was seen to learn.
 
 torchrun --nproc_per_node 2 train.py configs/tiny.py  # the model to start from, runs/tiny/model
 python configs/finetune_chat.py data/chat.jsonl       # writes the chats
