@@ -1,4 +1,5 @@
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -6,6 +7,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 # tests start up to eight ranks: more threads only get in each other's way
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# In the background a shell ignores these, which the processes that the tests start would inherit
+for number, action in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+    (signal.SIGTERM, signal.SIG_DFL),
+):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, action)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
