@@ -512,6 +512,7 @@ def test_packed_documents_beside_plain_sequences(run):
     assert found["tflops"] == pytest.approx(flops / found["seconds"] / 1e12)
 
 
+@pytest.mark.slow
 def test_packed_documents_on_two_ranks(tmp_path):
     """Whole training steps, the packed sequence shared by both ranks."""
     arguments = [f"--out={tmp_path}", "--documents=mix", "--rows=64", "--layers=1"]
@@ -544,6 +545,7 @@ def test_usual_rows_of_a_rehearsal(monkeypatch):
 
 
 @cpu_only
+@pytest.mark.slow
 def test_rehearsal_beside_real_ranks(run, tmp_path, monkeypatch):
     """A row as one of two ranks and over gloo; a row of the table has the numbers of both."""
     monkeypatch.chdir(tmp_path)

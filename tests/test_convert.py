@@ -234,6 +234,7 @@ print(peak() - before)
     sys.platform != "linux" or torch.cuda.is_available(),
     reason="reads /proc, and counts what the CPU needs",
 )
+@pytest.mark.slow
 def test_peak_memory_is_under_three_of_the_largest_tensor(tmp_path):
     """On 96 MiB of experts, in MXFP4 and out again. One slice of them is 3 MiB."""
     experts, hidden, intermediate = 32, 512, 1536

@@ -347,6 +347,7 @@ convert_hf.main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_signals_leave_nothing(tmp_path, whole):
     """Ctrl-C, a scheduler's SIGTERM, a closed terminal."""
     sent = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}

@@ -466,6 +466,7 @@ def test_kept_attention(recompute, runs, plain_cudnn, monkeypatch):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_flex_attention_stays_below_the_recompile_limit():
     """FlexAttention compiled as on a GPU, but for the backend, in a session of calls that all
     differ: the recompile limit, an error with fullgraph, is not reached, and compilation ends."""

@@ -153,6 +153,7 @@ def test_a_run_of_adapters(home, monkeypatch):
     assert relative(model(tokens), lora.from_checkpoint("base", dtype=torch.float32)(tokens)) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_resumed_run_repeats_the_last_digit(home):
     told = ["adapters.py", *LORA, "--steps=6", "--save_every=3", "--lr=1e-2", "--name=digits"]
     train(home, *told, "--steps=3")
@@ -163,6 +164,7 @@ def test_a_resumed_run_repeats_the_last_digit(home):
     assert all(torch.equal(first[name], second[name]) for name in second)
 
 
+@pytest.mark.slow
 def test_packed_and_unpacked_train_alike(home):
     told = ["adapters.py", *LORA, "--steps=3", "--lr=1e-2"]
     train(home, *told, "--name=packed")
@@ -188,6 +190,7 @@ def test_bad_input(home, told, message):
     assert not (home / "runs" / "bad").exists()
 
 
+@pytest.mark.slow
 def test_adapters_of_another_base_are_not_resumed(home, tmp_path):
     told = ["adapters.py", *LORA, "--steps=2", "--save_every=1", "--name=other"]
     train(home, *told)

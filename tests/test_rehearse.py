@@ -85,6 +85,7 @@ CASES = {  # ranks, options
 
 
 @pytest.mark.parametrize("ranks, given", CASES.values(), ids=CASES)
+@pytest.mark.slow
 def test_the_stand_in_sends_what_real_ranks_send(ranks, given, tmp_path):
     """Over gloo, with packed documents and several micro-batches: the same calls in the same order,
     of the same bytes, from the first step to the last."""
@@ -112,6 +113,7 @@ def alone(rank):
 
 
 @pytest.mark.parametrize("changes", [{}, {"sp": 2, "micro_batch": 2}, {"replicas": 2}])
+@pytest.mark.slow
 def test_sent_bytes_are_what_the_stand_in_counts(changes, home, monkeypatch):
     """With sizes that the ranks divide: exactly, but for a step's few numbers, which are summed."""
     monkeypatch.chdir(home)
@@ -197,6 +199,7 @@ def test_documents_of_other_slices_stay_apart():
 
 
 @pytest.mark.parametrize("optimizer", ["fp32", "split"])
+@pytest.mark.slow
 def test_a_rank_has_its_share_of_memory(optimizer):
     """Weights and optimizer state of one of eight: an eighth of what the dry run's table says."""
     sizes = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 512, "num_experts": 8}
@@ -257,6 +260,7 @@ def test_a_rehearsal_writes_its_numbers_and_touches_nothing_else(home):
     assert set((home / "runs").iterdir()) <= {home / "runs" / n for n in ("there", "sent", "tiny")}
 
 
+@pytest.mark.slow
 def test_tokens_are_random_where_the_data_cannot_serve(home):
     text = command(home, "--name=tiny", "--data=nowhere", "--ranks=2", "--sp=2")
     assert "tokens: random, because data=nowhere cannot serve: nowhere/meta.json: no such" in text
