@@ -6,13 +6,13 @@ import re
 
 import pytest
 import torch
-from common import assert_all_close, batch, gradients, noise_, tiny_config
-from conftest import ROOT
 
 import fast
 from bench import __main__ as bench
 from bench import ablation
 from bench.ablation import CHANGES
+from common import assert_all_close, batch, gradients, noise_, tiny_config
+from conftest import ROOT
 from model import GPTOSS
 
 SIZES = {"hidden_size": 24, "intermediate_size": 16}  # that every fast twin can take

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
-from runs import NO_GPU, Run, make_home, train, write_corpus
 
+from conftest import ROOT
 from loop.checks import check_run
 from loop.options import parse
 from loop.states import checksum
 from model import GPTOSS, GPTOSSConfig
+from runs import NO_GPU, Run, make_home, train, write_corpus
 from weights import INDEX
 
 

@@ -12,7 +12,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT
 from torch.profiler import ProfilerActivity, profile
 
 from bench import (
@@ -31,6 +30,7 @@ from bench import (
     training,
 )
 from bench.common import DEVICE, GPU, TINY
+from conftest import ROOT
 from loop.budget import RECOMPUTED, flops_per_token
 from model import GPTOSSConfig
 

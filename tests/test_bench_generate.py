@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from common import tiny_config
 
 from bench import __main__ as bench
 from bench import generate
+from common import tiny_config
 from model import GPTOSS
 
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from common import batch, noise_, tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 
 import fast
 from bench.common import TINY
+from common import batch, noise_, tiny_config
 from loop import budget
 from loop.budget import BYTES, count_parameters, estimate, forward_flops, recomputed_flops
 from model import GPTOSS, GPTOSSConfig

@@ -10,6 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import chat
 from corpora import (
     CALL,
     DEFAULT,
@@ -26,10 +30,6 @@ from corpora import (
     user,
     write_jsonl,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-import chat
 from data import TokenData, write_corpus
 from text.tokenizer import get_tokenizer
 

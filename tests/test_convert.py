@@ -12,7 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
+import convert_hf
+import shards
 from common import noise_
+from convert_hf import export_checkpoint, import_checkpoint, main, verify
 from hf_folders import (
     ROOT,
     SIZES,
@@ -25,11 +30,6 @@ from hf_folders import (
     training_run,
     transformers,
 )
-from safetensors.torch import load_file, save_file
-
-import convert_hf
-import shards
-from convert_hf import export_checkpoint, import_checkpoint, main, verify
 from model import GPTOSS, GPTOSSConfig
 from mxfp4 import dequantize_mxfp4
 

@@ -12,6 +12,11 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
+import convert_hf
+import shards
+from convert_hf import export_checkpoint, import_checkpoint, main
 from hf_folders import (
     ROOT,
     all_tensors,
@@ -21,11 +26,6 @@ from hf_folders import (
     same_bits,
     training_run,
 )
-from safetensors.torch import load_file, save_file
-
-import convert_hf
-import shards
-from convert_hf import export_checkpoint, import_checkpoint, main
 
 
 def break_several(folder):

@@ -9,6 +9,10 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data
 from corpora import (
     VOCABULARY_FILE,
     command_line,
@@ -16,10 +20,6 @@ from corpora import (
     write_folder,
     write_jsonl,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-import data
 from data import TokenData, pack, write_corpus
 from text import corpus
 from text.tokenizer import HarmonyTokenizer, get_tokenizer

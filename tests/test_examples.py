@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.distributed as dist
-from common import assert_all_close, batch, gradients, relative, run_ranks, tiny_config, twins
 from torch.distributed.device_mesh import init_device_mesh
 
 import sp
+from common import assert_all_close, batch, gradients, relative, run_ranks, tiny_config, twins
 
 B, S = 2, 24
 

@@ -16,6 +16,13 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask, create_mask
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fast
+import frozen as frozen_module  # noqa: F401, has a pair and leaves too
+import generate  # noqa: F401, has compiled leaves too
+import model as model_module
 from common import (
     assert_all_close,
     attention_inputs,
@@ -30,13 +37,6 @@ from common import (
     tiny_config,
 )
 from conftest import ROOT
-from torch.nn.attention.flex_attention import create_block_mask, create_mask
-from torch.utils._python_dispatch import TorchDispatchMode
-
-import fast
-import frozen as frozen_module  # noqa: F401, has a pair and leaves too
-import generate  # noqa: F401, has compiled leaves too
-import model as model_module
 from fast import block_mask
 from loop.log import watch_experts
 from model import GPTOSS, IGNORED, dense_attention

@@ -20,10 +20,10 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 import torch.distributed as dist
-from common import assert_all_close, batch, gradients, noise_, relative, run_ranks, tiny_config
 from torch.distributed.device_mesh import init_device_mesh
 
 import sp
+from common import assert_all_close, batch, gradients, noise_, relative, run_ranks, tiny_config
 from loop.memory import HostMemory
 from loop.options import Options
 from model import GPTOSS, IGNORED, GPTOSSConfig

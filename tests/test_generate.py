@@ -5,12 +5,12 @@ import functools
 
 import pytest
 import torch
-from common import noise_, run_ranks, tiny_config, twins
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 import generate as module
 import sp
+from common import noise_, run_ranks, tiny_config, twins
 from generate import (
     Answer,
     Decoder,

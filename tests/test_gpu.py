@@ -13,6 +13,12 @@ from dataclasses import asdict
 import pytest
 import torch
 import torch.distributed as dist
+from torch._inductor import metrics
+from torch.distributed.device_mesh import init_device_mesh
+
+import fast
+import model as model_module
+import sp
 from common import (
     assert_all_close,
     batch,
@@ -23,12 +29,6 @@ from common import (
     run_ranks,
     tiny_config,
 )
-from torch._inductor import metrics
-from torch.distributed.device_mesh import init_device_mesh
-
-import fast
-import model as model_module
-import sp
 from fast import CudnnSinkAttention, block_mask, cudnn_refuses
 from generate import Decoder, capturable, generate
 from loop import memory

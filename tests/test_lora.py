@@ -11,6 +11,12 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.func import functional_call
+
+import convert_hf
+import fast
+import frozen
+import lora
 from common import (
     assert_all_close,
     batch,
@@ -20,12 +26,6 @@ from common import (
     relative,
     tiny_config,
 )
-from torch.func import functional_call
-
-import convert_hf
-import fast
-import frozen
-import lora
 from convert_hf import HUGGING_FACE, counterparts
 from frozen import FrozenExperts, pack
 from loop import memory

@@ -6,17 +6,17 @@ import json
 import pytest
 import torch
 import torch.distributed as dist
-from common import assert_all_close, batch, noise_, relative, run_ranks, tiny_config
-from conftest import ROOT
-from runs import Run, losses, make_home, train
-from test_lora import noisy_adapters, packed_model, step
 from torch.distributed.device_mesh import init_device_mesh
 
 import lora
 import sp
+from common import assert_all_close, batch, noise_, relative, run_ranks, tiny_config
+from conftest import ROOT
 from loop.options import Options, parse
 from loop.plan import dry_run, needs, peak, settings_of
 from model import GPTOSS, IGNORED, GPTOSSConfig
+from runs import Run, losses, make_home, train
+from test_lora import noisy_adapters, packed_model, step
 from train import build_model, build_optimizer
 from weights import save_weights
 

@@ -3,12 +3,12 @@ sharded."""
 
 import pytest
 import torch
-from common import relative, run_ranks
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from common import relative, run_ranks
 from loop.budget import BYTES
 from loop.memory import SplitAdamW, join, split
 

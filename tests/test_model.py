@@ -7,6 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+
+import fast
+import model as model_module
 from common import (
     assert_all_close,
     attention_inputs,
@@ -21,9 +24,6 @@ from common import (
     tiny_config,
     twins,
 )
-
-import fast
-import model as model_module
 from fast import block_mask
 from loop.budget import flops_per_token
 from model import GPTOSS, IGNORED, GPTOSSConfig, apply_sinks, dense_attention, rope_tables

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from hf_folders import same_bits
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from hf_folders import same_bits
 from mxfp4 import dequantize_by_bits, dequantize_mxfp4, quantize_mxfp4
 
 GRID = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])  # by code

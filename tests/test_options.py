@@ -7,17 +7,17 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import NO_GPU, make_home
-from test_train import fresh_model, tiny_options
 
 import train as loop
+from conftest import ROOT
 from loop.checks import check_launch
 from loop.guards import memory_advice
 from loop.options import NONE, REMOVED, SAME, Options, help_text, parse
 from model import GPTOSSConfig
+from runs import NO_GPU, make_home
+from test_train import fresh_model, tiny_options
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ import itertools
 import re
 
 import pytest
-from common import tiny_config
 
+from common import tiny_config
 from loop import plan
 from loop.budget import GIB, count_parameters, estimate
 from loop.options import Options, check_ranks, parse

@@ -7,6 +7,10 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+import fast
+import sp
 from common import (
     assert_all_close,
     batch,
@@ -17,10 +21,6 @@ from common import (
     run_ranks,
     tiny_config,
 )
-from torch.distributed.device_mesh import init_device_mesh
-
-import fast
-import sp
 from model import GPTOSS, IGNORED
 
 B, S = 3, 24

@@ -15,12 +15,12 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
-import runs
 import torch
 
 import bench.__main__ as bench
 import convert_hf
 import data
+import runs
 import sample
 import sp
 from bench import plots

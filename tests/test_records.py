@@ -5,6 +5,10 @@ import copy
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import chat
 from corpora import (
     CALL,
     DEFAULT,
@@ -21,10 +25,6 @@ from corpora import (
     theirs,
     user,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-import chat
 from text import encode
 from text.tokenizer import get_tokenizer
 

@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT
-from runs import NO_GPU, Run, make_home
 
 import loop.rehearse as rehearsal
 import sp
+from conftest import ROOT
 from loop import guards
 from loop.budget import BYTES, count_parameters, sent_bytes
 from loop.options import Options, model_config, parse
 from loop.plan import settings_of
 from loop.rehearse import KINDS, StandIn, stand_in
+from runs import NO_GPU, Run, make_home
 from train import build_model, build_optimizer, start_ranks, train
 
 KEYS = {"peak_gib", "reserved_gib", "alloc_retries", "dry_run_gib", "seconds", "copy_seconds"}

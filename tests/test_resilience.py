@@ -20,15 +20,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import NO_GPU, Run, held_out, losses, make_home, states, train
-from soak import soak
 
+from conftest import ROOT
 from loop.guards import hold
 from loop.states import checksum, examine
 from model import GPTOSS
+from runs import NO_GPU, Run, held_out, losses, make_home, states, train
+from soak import soak
 
 ENDLESS = ("tiny.py", "--steps=100000", "--warmup_steps=5")
 BASE = ("tiny.py", "--steps=30", "--save_every=10", "--keep=3")

@@ -8,6 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+
+import train as loop
+from loop.states import Progress, States, check_same_run, examine, saved_states
+from model import GPTOSS
 from runs import Run, copy_run, held_out, logged, losses, make_home, metrics, states, train
 from test_train import (
     assert_same_losses,
@@ -15,10 +19,6 @@ from test_train import (
     tiny_options,
     whole_batch,
 )
-
-import train as loop
-from loop.states import Progress, States, check_same_run, examine, saved_states
-from model import GPTOSS
 from weights import weight_files
 
 

@@ -14,12 +14,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from common import noise_, tiny_config
-from conftest import ROOT
 
 import chat
 import generate as generation
 import sample
+from common import noise_, tiny_config
+from conftest import ROOT
 from generate import generate
 from lora import adapt, save_adapters
 from lora import identity as base_identity

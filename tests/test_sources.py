@@ -14,9 +14,9 @@ import time
 
 import numpy as np
 import pytest
-from corpora import ROOT, command_line, need_vocabulary, read_folder, write_jsonl
 
 import data
+from corpora import ROOT, command_line, need_vocabulary, read_folder, write_jsonl
 from data import write_corpus
 from text import encode, sources
 from text import tokenizer as tokenizers

@@ -10,6 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
+
+import sp
 from common import (
     assert_all_close,
     batch,
@@ -20,9 +23,6 @@ from common import (
     run_ranks,
     tiny_config,
 )
-from torch.distributed.device_mesh import init_device_mesh
-
-import sp
 from model import GPTOSS, IGNORED, dense_attention
 
 B, S, H, D = 2, 40, 24, 14  # of 8 ranks: 5 tokens and 3 heads each

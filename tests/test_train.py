@@ -5,19 +5,19 @@ import dataclasses
 import pytest
 import torch
 import torch.distributed as dist
-from common import batch, run_ranks, tiny_config
-from runs import TINY, Run, copy_run, held_out, losses, make_home, metrics, train, write_corpus
 from safetensors import safe_open
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import fast
 import train as loop
+from common import batch, run_ranks, tiny_config
 from data import TokenData
 from loop import log
 from loop.budget import flops_of, flops_per_token
 from loop.options import Options, model_config
 from model import GPTOSS, IGNORED
+from runs import TINY, Run, copy_run, held_out, losses, make_home, metrics, train, write_corpus
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ import os
 
 import pytest
 import torch
-from common import noise_
 
+from common import noise_
 from convert_hf import export_checkpoint, import_checkpoint
 from model import GPTOSS, GPTOSSConfig
 

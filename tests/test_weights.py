@@ -12,7 +12,6 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from common import hugging_face_config, noise_, tiny_config
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -20,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import folders
 import shards
 import weights
+from common import hugging_face_config, noise_, tiny_config
 from model import GPTOSS, GPTOSSConfig
 from weights import find_model, hf_config, read_config
 
