@@ -13,6 +13,7 @@ Letters in shapes are model.py's, and R = N k: a row per token and chosen expert
 """
 
 import functools
+import itertools
 import math
 import os
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ LOSS_TOKENS = 2048  # tokens whose logits exist at a time: 0.8 GiB in bf16 for t
 # with 1024, 8K is 4 % slower
 EXPERT_TOKENS = 32 * 1024  # tokens per tile of the experts: 7 GiB of working memory for the 20b;
 # with 8192, 32K is 10 % slower
+ATTENTION_BYTES = 8 * 2**30  # of working memory for attention's backward: 256K tokens of 64 heads
 FEW_TOKENS = 2  # up to which generation reads each token's experts by itself
 
 
@@ -38,15 +40,15 @@ def is_small(gib):
 
 
 def tile_sizes(gib):
-    """(EXPERT_TOKENS, LOSS_TOKENS) for a GPU with `gib` GiB. On a small one the tiles of the 20b's
-    experts work in 0.9 GiB."""
-    return (4096, 2048) if is_small(gib) else (32 * 1024, 2048)
+    """(EXPERT_TOKENS, LOSS_TOKENS, ATTENTION_BYTES) for a GPU with `gib` GiB. On a small one the
+    tiles of the 20b's experts work in 0.9 GiB."""
+    return (4096, 2048, 2**31) if is_small(gib) else (32 * 1024, 2048, 2**33)
 
 
 def fit_tiles(gib):
     """Set the sizes of tiles for a GPU with `gib` GiB."""
-    global EXPERT_TOKENS, LOSS_TOKENS
-    EXPERT_TOKENS, LOSS_TOKENS = sizes = tile_sizes(gib)
+    global EXPERT_TOKENS, LOSS_TOKENS, ATTENTION_BYTES
+    EXPERT_TOKENS, LOSS_TOKENS, ATTENTION_BYTES = sizes = tile_sizes(gib)
     if sizes != tile_sizes(math.inf):
         say(f"{gib:.1f} GiB: tiles of {EXPERT_TOKENS} tokens in the experts")
 
@@ -259,6 +261,32 @@ def sink_gradient(grad, out, lse, sinks):
     return -((sinks.float()[:, None] - lse).exp() * delta).sum((0, 2)).to(sinks.dtype)
 
 
+def head_groups(size, K, most):
+    """In how many groups of the K key-value heads the backward of cuDNN's attention runs, for
+    `size` numbers in q, so that each needs `most` bytes.
+
+    Beside its results it needs the gradient of q in fp32, and in bf16 those of k and v for each
+    query head: 8 bytes for each number in q, 4 GiB at 128K tokens of the 20b."""
+    divisors = (n for n in range(1, K + 1) if K % n == 0)
+    return next((n for n in divisors if 8 * size <= n * most), K)
+
+
+def cudnn_backward(*inputs):
+    """(dq, dk, dv) of cuDNN's attention, in groups of heads if all together need too much."""
+    run = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
+    heads, rest = inputs[:6], inputs[6:]  # grad, q, k, v, out, lse
+    groups = head_groups(heads[1].numel(), heads[2].shape[1], ATTENTION_BYTES)
+    if groups == 1:
+        return run(*inputs)
+    say(f"attention's backward: {groups} groups of heads, one after the other, to save memory")
+    results = [torch.empty_like(x) for x in heads[1:4]]
+    split = zip(*(x.chunk(groups, dim=1) for x in (*results, *heads)))
+    for dq, dk, dv, *group, lse in split:
+        for whole, part in zip((dq, dk, dv), run(*group, lse.contiguous(), *rest)):
+            whole.copy_(part)
+    return results
+
+
 class CudnnSinkAttention(torch.autograd.Function):
     """Sink attention built on cuDNN's causal kernel, which does not support sinks. Shapes as in
     model.dense_attention, S = T.
@@ -294,10 +322,8 @@ class CudnnSinkAttention(torch.autograd.Function):
             )
         q, k, v, sinks, out, lse, seed, offset = ctx.saved_tensors
         grad = grad.transpose(1, 2)
-        lengths = ctx.cum_q, ctx.cum_k, ctx.max_q, ctx.max_k
-        dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            grad, q, k, v, out, lse, seed, offset, None, *lengths, 0.0, True
-        )
+        rest = seed, offset, None, ctx.cum_q, ctx.cum_k, ctx.max_q, ctx.max_k, 0.0, True
+        dq, dk, dv = cudnn_backward(grad, q, k, v, out, lse, *rest)
         needs_sinks = ctx.needs_input_grad[3]
         dsinks = sink_gradient(grad, out, lse.view(out.shape[:3]), sinks) if needs_sinks else None
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), dsinks
@@ -424,6 +450,34 @@ def tiles(*tensors):
     return zip(*(x.split(EXPERT_TOKENS) for x in tensors))
 
 
+def capability(device):
+    """(major, minor) of a CUDA device, None for another."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+def grouped_mm(a, b, offs):
+    """F.grouped_mm, or a matmul per expert on a GPU for which PyTorch has no grouped kernels: rows
+    a (R, n), sorted by expert, times b (E, n, m) -> (R, m); or a (n, R) times rows b (R, m) ->
+    (E, n, m). offs (E): where each expert's rows end."""
+    version = capability(a.device)
+    if version is None or version[0] in (9, 10):  # Hopper and Blackwell's data centre GPUs
+        return F.grouped_mm(a, b, offs=offs)
+    say(
+        "experts: a matmul for each, slower, because PyTorch's grouped matmuls need compute "
+        f"capability 9.0 or 10.0, and this GPU has {version[0]}.{version[1]}"
+    )
+    ends = [0, *offs.tolist()]
+    if b.dim() == 3:
+        out = a.new_empty(len(a), b.shape[-1])
+        for e, (begin, end) in enumerate(itertools.pairwise(ends)):
+            torch.mm(a[begin:end], b[e], out=out[begin:end])
+        return out
+    out = a.new_empty(len(offs), len(a), b.shape[1])
+    for e, (begin, end) in enumerate(itertools.pairwise(ends)):
+        torch.mm(a[:, begin:end], b[begin:end], out=out[e])
+    return out
+
+
 class ExpertsFunction(torch.autograd.Function):
     """Twin of model.experts: tokens sorted by expert, one grouped matmul per matrix.
 
@@ -443,9 +497,9 @@ class ExpertsFunction(torch.autograd.Function):
         else:
             for tile, choice, share, result in tiles(x, chosen, routing, out):
                 order, expert, ends, where = sort_by_expert(choice, len(w1))
-                h = F.grouped_mm(tile[order // k], w1, offs=ends)  # (R, C) x (E, C, 2F) -> (R, 2F)
+                h = grouped_mm(tile[order // k], w1, offs=ends)  # (R, C) x (E, C, 2F) -> (R, 2F)
                 a = biased_swiglu(h, b1, expert, limit)  # (R, F)
-                y = F.grouped_mm(a, w2, offs=ends)  # (R, F) x (E, F, C) -> (R, C)
+                y = grouped_mm(a, w2, offs=ends)  # (R, F) x (E, F, C) -> (R, C)
                 result.copy_(combine(y, where, share, b2, choice))
                 if keep_hidden:
                     hidden.append(h)
@@ -471,22 +525,22 @@ class ExpertsFunction(torch.autograd.Function):
             tokens = slice(number * EXPERT_TOKENS, number * EXPERT_TOKENS + len(tile))
             order, expert, ends, where = sort_by_expert(choice, len(w1))
             rows, g_rows = tile[order // k], g[order // k]  # (R, C)
-            h = hidden.pop(0) if hidden else F.grouped_mm(rows, w1, offs=ends)  # (R, 2F)
-            da = F.grouped_mm(g_rows, w2.transpose(1, 2), offs=ends)  # (R, F)
+            h = hidden.pop(0) if hidden else grouped_mm(rows, w1, offs=ends)  # (R, 2F)
+            da = grouped_mm(g_rows, w2.transpose(1, 2), offs=ends)  # (R, F)
             dh = torch.empty_like(h)
             weighted_a, da_a = biased_swiglu_backward_(
                 h, b1, expert, ctx.limit, da, share.flatten()[order], *dh.chunk(2, dim=-1)
             )
             if needs_x:
-                dx[tokens] = gather_sum(F.grouped_mm(dh, w1.transpose(1, 2), offs=ends), where)
+                dx[tokens] = gather_sum(grouped_mm(dh, w1.transpose(1, 2), offs=ends), where)
             if needs_routing:
                 drouting[tokens] = da_a[where] + (g @ b2.t()).gather(1, choice)
             if needs_w1:
-                add("w1", F.grouped_mm(rows.t(), dh, offs=ends))  # (C, R) x (R, 2F) -> (E, C, 2F)
+                add("w1", grouped_mm(rows.t(), dh, offs=ends))  # (C, R) x (R, 2F) -> (E, C, 2F)
             if needs_b1:  # bias gradients as matmuls: indexing has a backward of atomic adds
                 add("b1", F.one_hot(expert, len(w1)).to(dh.dtype).t() @ dh)  # (E, R) x (R, 2F)
             if needs_w2:
-                add("w2", F.grouped_mm(weighted_a.t(), g_rows, offs=ends))  # -> (E, F, C)
+                add("w2", grouped_mm(weighted_a.t(), g_rows, offs=ends))  # -> (E, F, C)
             if needs_b2:
                 spread = g.new_zeros(len(g), len(w1)).scatter_(1, choice, share.to(g.dtype))
                 add("b2", spread.t() @ g)  # (E, N) x (N, C)

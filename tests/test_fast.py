@@ -444,6 +444,22 @@ def test_cudnn_sink_attention(plain_cudnn):
     )
 
 
+@pytest.mark.parametrize("most, calls", [(math.inf, 1), (8 * 2 * 6 * 23 * 4 / 2, 3), (1, 3)])
+def test_cudnn_attention_in_groups_of_heads(most, calls, plain_cudnn, monkeypatch):
+    """Of 3 key-value heads, which 2 does not divide: the gradients of one call, in its layout."""
+    monkeypatch.setattr(fast, "ATTENTION_BYTES", most)
+    sizes, backward = [], plain_cudnn.backward
+    run = "_scaled_dot_product_cudnn_attention_backward"
+    monkeypatch.setattr(torch.ops.aten, run, lambda *x: sizes.append(x[1].numel()) or backward(*x))
+    inputs, grad = attention_inputs()
+    expected = torch.autograd.grad(dense_attention(*inputs), inputs, grad)
+    actual = torch.autograd.grad(fast.CudnnSinkAttention.apply(*inputs), inputs, grad)
+    assert len(sizes) == calls and (8 * max(sizes) <= most or most == 1)
+    names = "q", "k", "v", "sinks"
+    assert_all_close(dict(zip(names, actual)), dict(zip(names, expected)), 1e-6)
+    assert calls == 1 or all(dx.is_contiguous() for dx in actual)
+
+
 @pytest.mark.parametrize("recompute, runs", [("none", 1), ("attention", 1), ("all", 2)])
 def test_kept_attention(recompute, runs, plain_cudnn, monkeypatch):
     """recompute="attention" runs a full layer's attention once and gives the same gradients."""
