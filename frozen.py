@@ -97,7 +97,7 @@ def with_product_(rows, factor, ends):
     `factor` (E, n, r)."""
     if factor is not None:
         r = factor.shape[-1]
-        rows[:, -r:] = F.grouped_mm(rows[:, :-r], factor, offs=ends)
+        rows[:, -r:] = fast.grouped_mm(rows[:, :-r], factor, offs=ends)
     return rows
 
 
@@ -139,11 +139,11 @@ class FrozenExpertsFunction(torch.autograd.Function):
             for tile, choice, share, result in fast.tiles(x, chosen, routing, out):
                 order, expert, ends, where = fast.sort_by_expert(choice, len(w1))
                 rows = gathered(tile, order // k, a1, ends)  # (R, C + r)
-                h = F.grouped_mm(rows, first()[..., :two_f], offs=ends)  # (R, 2F)
+                h = fast.grouped_mm(rows, first()[..., :two_f], offs=ends)  # (R, 2F)
                 a = empty(len(h), two_f // 2 + width(a2), like=h)
                 biased_swiglu_(a[:, : two_f // 2], h, bias1, expert, limit)
                 with_product_(a, a2, ends)  # (R, F + r)
-                y = F.grouped_mm(a, second()[..., : x.shape[1]], offs=ends)  # (R, C)
+                y = fast.grouped_mm(a, second()[..., : x.shape[1]], offs=ends)  # (R, C)
                 result.copy_(fast.combine(y, where, share, bias2, choice))
                 if keep:
                     hidden.append(h)
@@ -168,16 +168,16 @@ class FrozenExpertsFunction(torch.autograd.Function):
         totals = {}  # the gradients of the adapters, in fp32 if there are several tiles
 
         def add(name, rows, others):  # (n, R) x (R, m) -> (E, n, m)
-            part = F.grouped_mm(rows.t(), others, offs=ends)
+            part = fast.grouped_mm(rows.t(), others, offs=ends)
             totals[name] = totals[name].float().add_(part) if name in totals else part
 
         for number, (tile, choice, share, g) in enumerate(fast.tiles(x, chosen, routing, grad)):
             tokens = slice(number * fast.EXPERT_TOKENS, number * fast.EXPERT_TOKENS + len(tile))
             order, expert, ends, where = fast.sort_by_expert(choice, len(w1))
             g_rows = gathered(g, order // k, None if b2 is None else b2.mT, ends)  # (R, C + r)
-            da = F.grouped_mm(g_rows, second()[:, : two_f // 2].mT, offs=ends)  # (R, F)
+            da = fast.grouped_mm(g_rows, second()[:, : two_f // 2].mT, offs=ends)  # (R, F)
             rows, whole = gathered(tile, order // k, a1, ends), first()  # (R, C + r)
-            h = hidden.pop(0) if hidden else F.grouped_mm(rows, whole[..., :two_f], offs=ends)
+            h = hidden.pop(0) if hidden else fast.grouped_mm(rows, whole[..., :two_f], offs=ends)
             dh = empty(len(h), two_f + width(a1), like=h)  # (R, 2F + r)
             weighted_a, da_a = fast.biased_swiglu_backward_(
                 h, bias1, expert, ctx.limit, da, share.flatten()[order], *dh[:, :two_f].chunk(2, -1)
@@ -185,7 +185,7 @@ class FrozenExpertsFunction(torch.autograd.Function):
             del h, da
             with_product_(dh, None if b1 is None else b1.mT, ends)
             if needs_x:
-                drows = F.grouped_mm(dh, whole[:, :C].mT, offs=ends)  # (R, C)
+                drows = fast.grouped_mm(dh, whole[:, :C].mT, offs=ends)  # (R, C)
                 dx[tokens] = fast.gather_sum(drows, where)
             if needs_routing:
                 drouting[tokens] = da_a[where] + (g @ bias2.t()).gather(1, choice)
@@ -194,7 +194,7 @@ class FrozenExpertsFunction(torch.autograd.Function):
                 add("b1", rows[:, C:], dh[:, :two_f])
             if a2 is not None:
                 add("a2", weighted_a, g_rows[:, C:])
-                add("b2", F.grouped_mm(weighted_a, a2, offs=ends), g_rows[:, :C])
+                add("b2", fast.grouped_mm(weighted_a, a2, offs=ends), g_rows[:, :C])
         of = {name: total.to(x.dtype) for name, total in totals.items()}.get
         first, second = (of("a1"), of("b1")), (of("a2"), of("b2"))
         return dx, None, drouting, None, None, *first, None, None, None, *second, None, None, None
