@@ -5,7 +5,7 @@ import math
 import torch
 
 import lora
-from fast import is_small, tile_sizes
+from fast import head_groups, is_small, tile_sizes
 from loop.budget import BYTES, LOSS_TOKENS
 from loop.memory import AHEAD
 from model import GPTOSS
@@ -27,7 +27,7 @@ def facts(options, config, gpu_gib):
     on_experts = any(name.endswith(("gate_up_lora_a", "down_lora_a")) for name in names)
     written = config.num_experts * config.hidden_size * config.intermediate_size
     written *= options.frozen == "mxfp4" or on_experts
-    tile, _ = tile_sizes(gpu_gib or math.inf)
+    tile, _, workspace = tile_sizes(gpu_gib or math.inf)
     return {
         "trained": sum(p.numel() for p in lora.adapters(model).values()),
         "frozen": sum(p.numel() * p.element_size() for p in frozen),
@@ -35,6 +35,7 @@ def facts(options, config, gpu_gib):
         "seconds": WRITE * 3 * written * config.num_hidden_layers,  # of a micro-batch
         "shared": options.shard_frozen,
         "tile": tile,
+        "workspace": workspace,
         "ahead": 0 if is_small(gpu_gib or math.inf) else AHEAD,
     }
 
@@ -86,13 +87,24 @@ def estimate(
     experts = 2 * choices * ((3 + tiled) * C + 6 * F)
     if adapters["written"]:  # with one tile one matrix at a time
         experts += 2 * E * C * F * (3 if tiled else 2)
-    attention = 2 * tokens * (qkv + 3 * heads) - 2 * given
-    stream = 2 * given + given * offload * (1 + (given <= adapters["ahead"]))
+    fetched = given * offload * (1 + (given <= adapters["ahead"]))
+
+    def attention(i):
+        """Beside `inside`, of which x after attention and its norm are gone by then: the gradients
+        of q, k, v and out, and what cuDNN works in (see fast.head_groups)."""
+        results = 2 * tokens * (qkv + heads) - 2 * given
+        if config.window(i):
+            return results
+        kv_heads = max(config.num_key_value_heads, sp) // sp
+        groups = head_groups(tokens * heads, kv_heads, adapters["workspace"])
+        return results + (8 * tokens * heads + 2 * tokens * qkv * (groups > 1)) // groups
 
     def backward(i):
-        of_experts = experts - (2 * choices * 2 * F if i >= L - whole else 0)
-        replayed = 0 if i >= L - whole else inside(i) - stored[i]
-        return sum(kept[: i + 1]), replayed + max(of_experts, attention) + stream
+        whole_block = i >= L - whole
+        of_experts = experts + 2 * given - (2 * choices * 2 * F if whole_block else 0)
+        of_attention = attention(i) + given - (gates if whole_block else 0)
+        replayed = 0 if whole_block else inside(i) - stored[i]
+        return sum(kept[: i + 1]), replayed + max(of_experts, of_attention) + fetched
 
     at_loss = sum(kept), LOSS_TOKENS * V * 2 + 2 * given
     activations, working = max((at_loss, *map(backward, range(L))), key=sum)
