@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import re
 
 import pytest
 import torch
@@ -12,11 +14,12 @@ import lora
 import sp
 from common import assert_all_close, batch, noise_, relative, run_ranks, tiny_config
 from conftest import ROOT
+from loop.checks import check_run
 from loop.options import Options, parse
-from loop.plan import dry_run, needs, peak, settings_of
+from loop.plan import dry_run, needs, peak, settings_of, verdict
+from lora_models import noisy_adapters, packed_model, step
 from model import GPTOSS, IGNORED, GPTOSSConfig
 from runs import Run, losses, make_home, train
-from test_lora import noisy_adapters, packed_model, step
 from train import build_model, build_optimizer
 from weights import save_weights
 
@@ -31,6 +34,7 @@ SIZES = tiny_config(
     max_position_embeddings=64,
 )
 LORA = ["--checkpoint=base", "--lora_rank=3", "--lora_targets=all", "--frozen=mxfp4"]
+SIX_STEPS = ["adapters.py", *LORA, "--steps=6", "--save_every=3", "--lr=1e-2"]
 
 
 @pytest.fixture(scope="module")
@@ -125,42 +129,54 @@ def adapted(home, name):
     return {n: p[:] for n, p in lora.open_adapters(home / "runs" / name / "model").items()}
 
 
-def test_a_run_of_adapters(home, monkeypatch):
-    """Only adapters change, are saved, and are what an optimizer and a state hold; a run that goes
-    on on another number of ranks makes the same."""
+def goes_on_elsewhere(home, name, *more):
+    """Three steps on two ranks and three on one make the losses of the run "whole"."""
+    train(home, *SIX_STEPS, "--steps=3", f"--name={name}", *more, ranks=2)
+    train(home, *SIX_STEPS, "--resume=true", f"--name={name}")
+    found, expected = (torch.tensor(losses(home, which)) for which in (name, "whole"))
+    assert relative(found, expected) < 1e-5
+
+
+@pytest.fixture(scope="module")
+def whole(home):
+    """What a run of six steps on one rank says."""
+    return train(home, *SIX_STEPS, "--name=whole")
+
+
+def test_a_run_of_adapters(home, whole, monkeypatch):
+    """Only adapters change, are saved beside the name of their base, and are what an optimizer and
+    a state hold; a run that goes on on another number of ranks makes the same."""
     monkeypatch.chdir(home)
-    told = ["adapters.py", *LORA, "--steps=6", "--save_every=3", "--lr=1e-2"]
-    said = train(home, *told, "--name=whole")
-    assert "adapters of rank 3 on all, frozen weights 0.0 GiB on each rank, experts packed" in said
-    assert "adapters are in runs/whole/model" in said
-    for ranks, more in ((2, ["--sp=2"]), (2, ["--shard_frozen=true"])):
-        name = f"on{ranks}{more[0][2:4]}"
-        train(home, *told, "--steps=3", f"--name={name}", *more, ranks=ranks)
-        train(home, *told, "--resume=true", f"--name={name}")
-        assert (
-            relative(torch.tensor(losses(home, name)), torch.tensor(losses(home, "whole"))) < 1e-5
-        )
-    whole = adapted(home, "whole")
+    assert "adapters of rank 3 on all, frozen weights 0.0 GiB on each rank, experts packed" in whole
+    assert "adapters are in runs/whole/model" in whole
+    goes_on_elsewhere(home, "shared", "--sp=2", "--shard_frozen=true")
+    trained = adapted(home, "whole")
     start = lora.adapt(lora.from_checkpoint("base"), 3, 32.0, "all", dtype=torch.float32)
     start = {name: p.detach() for name, p in lora.adapters(start).items()}
-    assert whole.keys() == start.keys()
-    assert all(relative(whole[name], start[name]) > 1e-3 for name in whole)
+    assert trained.keys() == start.keys()
+    assert all(relative(trained[name], start[name]) > 1e-3 for name in trained)
     state = sorted((home / "runs" / "whole" / "states").iterdir())[-1]
     kept = {name for path in state.glob("*.safetensors") for name in lora.read_header(path)}
-    assert kept == {f"{kind}{name}" for name in whole for kind in ("", "exp_avg.", "exp_avg_sq.")}
+    assert kept == {f"{kind}{name}" for name in start for kind in ("", "exp_avg.", "exp_avg_sq.")}
     model = lora.from_checkpoint("runs/whole/model", dtype=torch.float32)
     tokens, _ = batch(SIZES, 1, 9)
     assert relative(model(tokens), lora.from_checkpoint("base", dtype=torch.float32)(tokens)) > 1e-3
+    settings = json.loads((home / "runs/whole/model/adapters.json").read_text())
+    assert settings["base"] == "base" and settings["identity"] == lora.identity("base")
 
 
 @pytest.mark.slow
-def test_a_resumed_run_repeats_the_last_digit(home):
-    told = ["adapters.py", *LORA, "--steps=6", "--save_every=3", "--lr=1e-2", "--name=digits"]
-    train(home, *told, "--steps=3")
-    train(home, *told, "--resume=true")
-    train(home, *told[:-1], "--name=undisturbed")
-    assert losses(home, "digits") == losses(home, "undisturbed")
-    first, second = adapted(home, "digits"), adapted(home, "undisturbed")
+@pytest.mark.parametrize("more", ["--sp=2", "--sp=1"])
+def test_a_run_goes_on_with_whole_copies(home, whole, more):
+    goes_on_elsewhere(home, f"copies{more[-1]}", more)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_repeats_the_last_digit(home, whole):
+    train(home, *SIX_STEPS, "--steps=3", "--name=digits")
+    train(home, *SIX_STEPS, "--resume=true", "--name=digits")
+    assert losses(home, "digits") == losses(home, "whole")
+    first, second = adapted(home, "digits"), adapted(home, "whole")
     assert all(torch.equal(first[name], second[name]) for name in second)
 
 
@@ -176,6 +192,8 @@ def test_packed_and_unpacked_train_alike(home):
 @pytest.mark.parametrize("told, message", [
     (["--frozen=mxfp4"], "frozen=mxfp4 is for adapters: set --lora_rank too"),
     (["--shard_frozen=true"], "shard_frozen=True is for adapters: set --lora_rank too"),
+    (["--lora_rank=4", "--lora_alpha=0", "--checkpoint=base"], "lora_alpha=0.0 must be positive"),
+    (["--lora_rank=4", "--lora_layers=2", "--checkpoint=base"], "the model has layers 0 to 1"),
     (["--lora_rank=4"], "lora_rank=4: adapters are kept apart from the weights that they adapt"),
     (["--lora_rank=-1", "--checkpoint=base"], "lora_rank=-1 must be zero or positive"),
     (["--lora_rank=33", "--checkpoint=base"], "lora_rank=33: qkv is a matrix 32 x"),
@@ -184,9 +202,25 @@ def test_packed_and_unpacked_train_alike(home):
     (["--lora_rank=4", "--checkpoint=unpacked", "--frozen=mxfp4"],
      "frozen=mxfp4: unpacked holds unpacked experts"),
 ])  # fmt: skip
-def test_bad_input(home, told, message):
-    run = Run(home, "adapters.py", *told, "--name=bad")
-    assert run.wait() == [1] and message in run.text() and "Traceback" not in run.text()
+def test_bad_input(home, told, message, monkeypatch):
+    monkeypatch.chdir(home)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_run(parse(["adapters.py", *told, "--name=bad"], ""))
+
+
+def test_an_ended_run_without_states_is_not_begun_anew(home, monkeypatch):
+    monkeypatch.chdir(home)
+    (home / "runs/ended/model").mkdir(parents=True)
+    (home / "runs/ended/model/adapters.json").write_text("{}")
+    for more in [], ["--resume"]:
+        with pytest.raises(ValueError, match="runs/ended already holds a run, which has ended and"):
+            check_run(parse(["adapters.py", *LORA, "--name=ended", *more], ""))
+
+
+def test_bad_input_is_one_line(home):
+    run = Run(home, "adapters.py", *LORA, "--lora_rank=33", "--name=bad")
+    assert run.wait() == [1] and "Traceback" not in run.text()
+    assert len(run.text().splitlines()) == 1 and "lora_rank=33: qkv is a matrix" in run.text()
     assert not (home / "runs" / "bad").exists()
 
 
@@ -212,35 +246,58 @@ def test_weight_decay_is_for_adapters_too():
     assert len(groups[0]["params"]) == len(lora.adapters(model)) and not groups[1]["params"]
 
 
-def test_a_saved_run_names_its_base(home):
-    train(home, "adapters.py", *LORA, "--steps=1", "--name=named")
-    settings = json.loads((home / "runs" / "named" / "model" / "adapters.json").read_text())
-    assert settings["base"] == "base" and settings["identity"] == lora.identity(home / "base")
-
-
 # --------------------------------------------------------------------------------------------------
 # The dry run
 
 
+BOTH = "--lora_targets=attention,experts"
+FASTER = ["--seq_len=32768", BOTH, "--recompute=attention", "--keep_blocks=8"]
+LONG = ["--seq_len=131072", "--offload"]
 MEASURED = [  # GiB at the peak on an H100, `python -m bench --adapters` of 2026-11-25
     (15.34, ["--seq_len=4096"]),
     (18.25, ["--seq_len=16384"]),
-    (18.98, ["--seq_len=16384", "--lora_targets=attention,experts"]),
-    (46.83, ["--seq_len=32768", "--lora_targets=attention,experts", "--recompute=attention",
-             "--keep_blocks=8", "--gpu_gib=80"]),
-]  # fmt: skip
+    (18.98, ["--seq_len=16384", BOTH]),
+    (46.83, [*FASTER, "--gpu_gib=80"]),
+    (22.57, LONG),
+]
+
+
+def planned(*told):
+    """The options of a dry run of configs/gptoss_lora.py, and what `peak` asks for."""
+    options = parse([str(ROOT / "configs/gptoss_lora.py"), "--dry_run", "--checkpoint=", *told], "")
+    config = dataclasses.replace(GPTOSSConfig(), max_position_embeddings=2**20)
+    return options, config, settings_of(options, config, 1)
 
 
 @pytest.mark.parametrize("measured, told", MEASURED)
 def test_the_dry_run_beside_measured_peaks(measured, told):
-    """Within 2.5 %. On the experts the bench's adapters have rank 8, on attention 16, which is
+    """Within 1.5 %. On the experts the bench's adapters have rank 8, on attention 16, which is
     worth 0.1 GiB."""
-    rank = 8 if "experts" in str(told) else 16
-    dry = [str(ROOT / "configs/gptoss_lora.py"), "--dry_run", "--checkpoint=", "--gpu_gib=23.5"]
-    options = parse([*dry, f"--lora_rank={rank}", "--optimizer=split", *told], "")
-    settings = settings_of(options, GPTOSSConfig(), 1)
-    assert abs(peak(GPTOSSConfig(), settings) / 2**30 / measured - 1) < 0.025
+    rank = 8 if BOTH in told else 16
+    more = "--gpu_gib=23.5", f"--lora_rank={rank}", "--optimizer=split"
+    _, config, settings = planned(*more, *told)
+    if told == LONG:  # attention's backward took all heads at once then
+        assert peak(config, settings) / 2**30 < 22
+        settings["adapters"]["workspace"] = math.inf
+    assert abs(peak(config, settings) / 2**30 / measured - 1) < 0.015
     assert settings["parameters"] < 1e8
+
+
+@pytest.mark.parametrize("gib, told, fits", [
+    (16, ["--seq_len=4096", "--offload"], True),
+    (16, [], False),
+    (24, [], True),
+    (24, LONG, True),
+    (24, ["--seq_len=262144", "--offload"], False),
+    (48, [BOTH, "--recompute=attention"], True),
+    (48, FASTER, False),
+    (80, FASTER, True),
+    (80, ["--seq_len=655360", "--offload", BOTH], True),
+])  # fmt: skip
+def test_what_fits_a_card(gib, told, fits):
+    options, config, settings = planned(f"--gpu_gib={gib}", "--lora_rank=8", *told)
+    first = next(verdict(options, config, settings, gib))
+    assert first.startswith(f"{'fits' if fits else 'does not fit'} a GPU of {gib} GiB")
 
 
 def test_a_dry_run_of_adapters(capsys):
