@@ -7,6 +7,7 @@ transformers and vLLM load.
     python convert_hf.py openai/gpt-oss-20b --verify   # ours against transformers' on one prompt
     python convert_hf.py --export runs/my-run --out my-model
     python convert_hf.py --export runs/my-run --out my-model --mxfp4
+    python convert_hf.py --export runs/my-run --state=best --out my-model    # a saved state
     python convert_hf.py --export runs/my-lora --out my-adapters --adapter   # for PEFT
 
 Three layouts are read: Hugging Face's with its experts in bf16 or in MXFP4, and OpenAI's own
@@ -45,6 +46,8 @@ from folders import Aside, exists, refuse_occupied
 from model import GPTOSS, GPTOSSConfig
 from mxfp4 import GROUP, dequantize_mxfp4, quantize_mxfp4
 from shards import check_places, create_shards, listed, read_json, read_places
+from snapshots import find_exported
+from text.tokenizer import TOKENIZERS, HarmonyTokenizer
 from weights import (
     COMPANIONS,
     HF_CONFIG,
@@ -57,6 +60,7 @@ from weights import (
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where MXFP4 is packed and unpacked
+TOKENIZER = "tokenizer.json"  # without it transformers and vLLM have no tokenizer
 SLICE_BYTES = 4_000_000  # converted at a time; one expert, if that is more
 THREADS = 4  # slices in flight, so that reading, converting and writing overlap
 
@@ -355,20 +359,16 @@ def import_checkpoint(source, out, packed=False):
 # Export
 
 
-def export_checkpoint(run, out, mxfp4=False, dtype=None, tokenizer=None):
-    """Write the checkpoint folder or training run `run` for transformers and vLLM. dtype None: each
-    tensor's own. tokenizer: a folder with the tokenizer's files, if `run` has none or others."""
+def export_checkpoint(run, out, mxfp4=False, dtype=None, tokenizer=None, state=None):
+    """Write a checkpoint folder, training run or saved state (`run` and `state`: see
+    snapshots.find_exported) for transformers and vLLM. dtype None: each tensor's own. tokenizer: a
+    folder with the tokenizer's files, if none or others are known."""
     refuse_occupied(out)
     if tokenizer and not tokenizer.is_dir():
         raise FileNotFoundError(f"--tokenizer {tokenizer}: no such folder")
-    found = find_model(run)
-    folder = found.weights
-    if found.layout not in ("ours", "adapters"):
-        raise ValueError(f"{folder} is no checkpoint of ours: import it first")
-    config = GPTOSSConfig.from_json(folder / "config.json")
-    source = read_json(folder / HF_CONFIG) if exists(folder / HF_CONFIG) else {}
-    packed = mxfp4 and found.layout == "ours" and lora.is_packed(folder)
-    places, problems = read_places(folder) if packed else lora.places(folder)
+    folder, config, places, problems, packed, homes, name = find_exported(run, state, mxfp4)
+    source = next((home / HF_CONFIG for home in homes if exists(home / HF_CONFIG)), None)
+    source = read_json(source) if source else {}
     pairs = counterparts(config, HUGGING_FACE, mxfp4, packed)
     check_places(folder, places, problems, {pair.name: pair.shape for pair in pairs})
     squares = []  # of the error and of the weights, of each slice that is quantized
@@ -405,34 +405,67 @@ def export_checkpoint(run, out, mxfp4=False, dtype=None, tokenizer=None):
             print(f"MXFP4 experts: relative error {relative:.3e}")
         given = hf_config(config, dtype or places["norm.weight"].dtype, mxfp4, source)
         (aside / "config.json").write_text(json.dumps(given, indent=2) + "\n")
-        for files in filter(None, (folder, tokenizer)):
+        known = [home for home in homes if exists(home / TOKENIZER)] + list(filter(exists, homes))
+        for files in filter(None, (*known[:1], tokenizer)):
             copy_companions(files, aside)
+        write_generation_config(aside, config, name)
     warn_of(broken)
-    note_what_vllm_fixes(config)
+    fixed = note_what_vllm_fixes(config)
     if broken:
         return
-    if any(path.name.startswith("tokenizer") for path in out.iterdir()):
-        print(f"{out} is ready for transformers and vLLM")
-    else:
-        name = f" ({found.tokenizer})" if found.tokenizer else ""
+    if lacking := lacks_tokenizer(out, config, name):
         print(
-            f"{out} has the weights but no tokenizer{name}: export again with --tokenizer DIR, or "
-            "copy its files there"
+            f"{out} has the weights but {lacking}: export again with --tokenizer DIR, or copy its "
+            "files there"
         )
+    else:
+        print(f"{out} is ready for transformers{'' if fixed else ' and vLLM'}")
+
+
+def lacks_tokenizer(folder, config, name):
+    """Why transformers and vLLM cannot use the model in `folder` with text, or None."""
+    if not exists(folder / TOKENIZER):
+        return f"no tokenizer{f' ({name})' if name else ''}"
+    try:
+        given = read_json(folder / TOKENIZER)
+        added = [token["id"] for token in given.get("added_tokens") or ()]
+        tokens = max(len(given["model"]["vocab"]), *(number + 1 for number in added), 0)
+    except (ValueError, KeyError, TypeError) as error:
+        return f"a {TOKENIZER} that cannot be read ({error!r:.100})"
+    if tokens > config.vocab_size:
+        return f"a tokenizer of {tokens:,} tokens for a vocabulary of {config.vocab_size:,}"
+    return None
+
+
+def write_generation_config(folder, config, name):
+    """Let generation_config.json name every token that ends an answer by the tokenizer `name`, or
+    by the released one where none was recorded and the vocabulary is as large. What it says
+    already stays."""
+    path = folder / "generation_config.json"
+    if name is None and config.vocab_size >= HarmonyTokenizer.vocab_size:
+        name = HarmonyTokenizer.name
+    given = read_json(path) if exists(path) else {}
+    ends = given.get("eos_token_id") or []
+    ends = ends if isinstance(ends, list) else [ends]
+    if name in TOKENIZERS and (missing := [t for t in TOKENIZERS[name].stop if t not in ends]):
+        tokens = {"bos_token_id": 199_998} if name == HarmonyTokenizer.name else {}
+        tokens |= {"pad_token_id": TOKENIZERS[name].end}
+        given = tokens | given | {"eos_token_id": ends + missing}
+        path.write_text(json.dumps(given, indent=2) + "\n")
 
 
 def note_what_vllm_fixes(config):
+    """Print what vLLM has as constants and computes otherwise. True if there is something."""
     positions = int(config.initial_context_length * config.rope_scaling_factor)  # in vLLM's table
     constants = {
         "rms_norm_eps": 1e-5,
         "swiglu_limit": 7.0,
         "max_position_embeddings": min(positions, config.max_position_embeddings),
     }
-    for name, value in constants.items():
-        if getattr(config, name) != value:
-            print(
-                f"note: {name} is {getattr(config, name)}; vLLM 0.32 computes as if it were {value}"
-            )
+    others = {name: value for name, value in constants.items() if getattr(config, name) != value}
+    for name, value in others.items():
+        print(f"note: {name} is {getattr(config, name)}; vLLM 0.32 computes as if it were {value}")
+    return bool(others)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -519,7 +552,8 @@ def main(arguments=None):
     add("--out", type=Path, help="the new folder (import: checkpoints/ and the source's last part)")
     add("--packed", action="store_true", help="keep the experts of an import in MXFP4")
     add("--verify", action="store_true", help="convert if need be, then compare with transformers")
-    add("--export", type=Path, metavar="RUN", help="export a training run or checkpoint instead")
+    add("--export", type=Path, metavar="RUN", help="export a run, a saved state or a checkpoint")
+    add("--state", help="of the run to export: best, last, or a number of steps")
     add("--mxfp4", action="store_true", help="export experts in MXFP4")
     add("--adapter", action="store_true", help="export a run's adapters alone, as PEFT keeps them")
     add(
@@ -534,8 +568,8 @@ def main(arguments=None):
     if options.export and (options.verify or options.packed or not options.out):
         parser.error("--export needs --out DIR, and has no --verify and no --packed")
     merged = options.mxfp4 or options.dtype or options.tokenizer
-    if options.source and (merged or options.adapter):
-        parser.error("--mxfp4, --dtype, --tokenizer and --adapter belong to --export")
+    if options.source and (merged or options.adapter or options.state):
+        parser.error("--mxfp4, --dtype, --tokenizer, --state and --adapter belong to --export")
     if options.adapter and merged:
         parser.error("--adapter writes no weights: leave --mxfp4, --dtype and --tokenizer out")
     try:
@@ -545,7 +579,8 @@ def main(arguments=None):
             return
         if options.export:
             dtype = getattr(torch, options.dtype) if options.dtype else None
-            export_checkpoint(options.export, options.out, options.mxfp4, dtype, options.tokenizer)
+            how = options.mxfp4, dtype, options.tokenizer, options.state
+            export_checkpoint(options.export, options.out, *how)
             return
         name = Path(options.source).resolve().name + ("-packed" if options.packed else "")
         out = options.out or Path("checkpoints") / name

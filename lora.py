@@ -206,14 +206,19 @@ def read_settings(folder):
     for name, kind in wanted.items():
         if not isinstance(given.get(name), kind):
             raise ValueError(f"{path}: {name} is {given.get(name)!r}, not a {kind.__name__}")
-    base = Path(given["base"])
+    check_base(path, given)
+    return given
+
+
+def check_base(path, settings):
+    """ValueError that names `path` if the base of adapters is not there, or is another one."""
+    base = Path(settings["base"])
     if not base.is_dir():
         raise ValueError(f'{path}: the base {base} is not there; "base" may name another place')
-    if identity(base) != given["identity"]:
+    if identity(base) != settings["identity"]:
         raise ValueError(
             f"{path}: {base} holds other weights than those that the adapters were trained on"
         )
-    return given
 
 
 def attach_saved(model, settings, dtype=None):
@@ -227,6 +232,15 @@ def from_checkpoint(folder, device="cpu", dtype=None, recompute="none"):
     folder = Path(folder)
     settings = read_settings(folder) if exists(folder / ADAPTERS) else None
     source = Path(settings["base"]) if settings else folder
+    model = from_base(source, settings, device, dtype, recompute)
+    if settings:
+        load_adapters(model, folder)
+    return model
+
+
+def from_base(source, settings, device="cpu", dtype=None, recompute="none"):
+    """The model in the checkpoint folder `source`, with adapters whose values are not set if there
+    are settings of some."""
     with torch.device("meta"):
         model = GPTOSS(GPTOSSConfig.from_json(source / "config.json"), recompute)
     model = model.to(dtype or stored_dtype(source))
@@ -236,8 +250,6 @@ def from_checkpoint(folder, device="cpu", dtype=None, recompute="none"):
         attach_saved(model, settings)
     model.to_empty(device=device)
     fill_base(model, source)
-    if settings:
-        load_adapters(model, folder)
     return model
 
 
@@ -407,9 +419,13 @@ def places(folder):
     if not exists(folder / ADAPTERS):
         found, problems = read_places(folder)
         return unpacked(found), problems
-    settings = read_settings(folder)
+    return merged(folder, read_settings(folder), open_adapters(folder))
+
+
+def merged(folder, settings, stored):
+    """`places` of the base with the adapters in `folder`, {name: Place}, merged into it."""
     found, problems = places(settings["base"])
-    factors = {name: wide(place[:]) for name, place in open_adapters(folder).items()}
+    factors = {name: wide(place[:]) for name, place in stored.items()}
     for name in [name.removesuffix("lora_a") for name in factors if name.endswith("lora_a")]:
         weight = f"{name}weight"  # of "….qkv." or "….gate_up_"
         if weight not in found:

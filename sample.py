@@ -29,7 +29,7 @@ import lora
 from chat import render_bytes, render_harmony
 from generate import Decoder, cache_bytes, check_request, room_for
 from model import GPTOSS, GPTOSSConfig
-from snapshots import find_state, load_state, state_config
+from snapshots import adapter_settings, find_state, load_state, state_config
 from text.answers import parse, readable, text_of
 from text.records import EFFORTS, Chat, drop_history
 from text.tokenizer import TOKENIZERS, ByteTokenizer, HarmonyTokenizer, get_tokenizer
@@ -64,6 +64,10 @@ def locate(folder, state=None):
         def load(device):  # trained in bf16 on a GPU, whatever the optimizer stores
             return load_state(path, device, torch.bfloat16 if device.type == "cuda" else None)
 
+        if settings := adapter_settings(path):  # their base's weights count
+            source = Path(settings["base"])
+            size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+            return Source(config, load, size, stored_dtype(source), recorded)
         with torch.device("meta"):
             size = sum(p.numel() for p in GPTOSS(config).parameters())
         dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32

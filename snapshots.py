@@ -4,17 +4,22 @@ A state is a folder runs/NAME/states/step-00000100, written by loop/states.py wi
 torch.distributed.checkpoint. It holds each trained parameter, and the optimizer's state beside it.
 """
 
+import functools
+import math
+import threading
 import warnings
 from dataclasses import fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed.checkpoint as dcp
 
+import lora
 from folders import exists
-from lora import from_checkpoint
 from model import GPTOSS, GPTOSSConfig
-from weights import ADAPTERS, read_json
+from shards import read_json, read_places
+from weights import ADAPTERS, find_model
 
 NUMBERS = "state.json"  # the file that tells a state from other folders
 
@@ -60,29 +65,135 @@ def state_config(folder):
         raise ValueError(f"{path} is not what train.py writes: {error}") from None
 
 
-def load_state(folder, device="cpu", dtype=None):
-    """The model in a state, in `dtype` or as it is stored. What was not trained, under adapters,
-    comes from the run's model/. ValueError if the state lacks a parameter."""
-    folder = Path(folder)
-    reader = dcp.HuggingFaceStorageReader(str(folder))
-    stored = reader.read_metadata().state_dict_metadata
-    finished = folder.parent.parent / "model"
-    if exists(finished / ADAPTERS):
-        model, partial = from_checkpoint(finished, device), True
-    else:
-        with torch.device("meta"):
-            model, partial = GPTOSS(state_config(folder)), False
-        first = next(iter(dict(model.named_parameters())))
-        model = model.to(stored[first].properties.dtype if first in stored else torch.bfloat16)
-    wanted = dict(model.named_parameters())
-    missing = [] if partial else sorted(wanted.keys() - stored.keys())
-    if missing:
-        raise ValueError(f"{folder} lacks {missing[0]} and {len(missing) - 1} others")
-    if not partial:
-        model = model.to_empty(device=device)
-        wanted = dict(model.named_parameters())
-    parameters = {name: p.detach() for name, p in wanted.items() if name in stored}
+def adapter_settings(folder):
+    """What adapters.json will say of the run of a state, as lora.read_settings returns it; None for
+    a run without adapters. ValueError if their base is not there, or is another one."""
+    run = Path(folder).parent.parent
+    if exists(run / "model" / ADAPTERS):
+        return lora.read_settings(run / "model")
+    was = read_json(Path(folder) / NUMBERS).get("identity", {})
+    if "lora_rank" not in was:
+        return None
+    path = run / "config.json"
+    settings = {name: was.get(f"lora_{name}") for name in lora.SETTINGS}
+    settings |= {"base": read_json(path).get("checkpoint", ""), "identity": was.get("identity")}
+    lora.check_base(path, settings)
+    return settings
+
+
+# --------------------------------------------------------------------------------------------------
+# What a state holds
+
+
+def stored_tensors(folder):
+    """{name: its metadata} of all tensors in a state."""
+    return dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+
+
+def read_tensors(folder, tensors):
+    """Fill {name: tensor} from a state."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(parameters, storage_reader=reader, no_dist=True)
+        reader = dcp.HuggingFaceStorageReader(str(folder))
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+
+
+class Stored:
+    """A parameter in a state, as shards.Place shows one that a file holds: the ranks' parts are
+    joined. A slice reads the whole parameter, and the last two stay in memory."""
+
+    def __init__(self, folder, name, properties, shape, read):
+        self.folder, self.name, self.read = folder, name, read
+        self.dtype, self.shape = properties.dtype, tuple(shape)
+
+    def entry_bytes(self):
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+    def __getitem__(self, entries):
+        return self.read(self.name, self.dtype, self.shape)[entries]
+
+
+def state_places(folder):
+    """({our name: Stored, or as lora.places}, problems) of the model in a state, as convert_hf.py
+    exports it. ValueError as in `adapter_settings`."""
+    folder, lock = Path(folder), threading.Lock()
+
+    @functools.lru_cache(maxsize=2)
+    def whole(name, dtype, shape):
+        tensor = torch.empty(shape, dtype=dtype)
+        read_tensors(folder, {name: tensor})
+        return tensor
+
+    def read(*what):
+        with lock:  # several threads ask for slices of one parameter
+            return whole(*what)
+
+    settings, config = adapter_settings(folder), state_config(folder)
+    with torch.device("meta"):
+        wanted = dict(GPTOSS(config).named_parameters()).keys()
+    places = {
+        name: Stored(folder, name, kept.properties, kept.size, read)
+        for name, kept in stored_tensors(folder).items()
+        if name in wanted or (settings and lora.is_adapter(name) and name.startswith("blocks."))
+    }
+    return lora.merged(folder, settings, places) if settings else (places, [])
+
+
+def load_state(folder, device="cpu", dtype=None):
+    """The model in a state, in `dtype` or as it is stored. What adapters leave as it was comes from
+    their base. ValueError if the state lacks a parameter."""
+    folder = Path(folder)
+    stored, settings = stored_tensors(folder), adapter_settings(folder)
+    if settings:
+        model = lora.from_base(Path(settings["base"]), settings, device)
+        wanted = lora.adapters(model)
+    else:
+        with torch.device("meta"):
+            model = GPTOSS(state_config(folder))
+        first = next(iter(dict(model.named_parameters())))
+        model = model.to(stored[first].properties.dtype if first in stored else torch.bfloat16)
+        wanted = dict(model.named_parameters())
+    if missing := sorted(wanted.keys() - stored.keys()):
+        raise ValueError(f"{folder} lacks {missing[0]} and {len(missing) - 1} others")
+    if not settings:
+        model = model.to_empty(device=device)
+        wanted = dict(model.named_parameters())
+    read_tensors(folder, {name: p.detach() for name, p in wanted.items()})
     return model.to(dtype) if dtype else model
+
+
+# --------------------------------------------------------------------------------------------------
+# What convert_hf.py exports
+
+
+class Exported(NamedTuple):
+    """What an export reads."""
+
+    folder: Path  # of the weights or of the state
+    config: GPTOSSConfig
+    places: dict
+    problems: list
+    packed: bool  # the experts lie there in MXFP4, and stay
+    homes: list[Path]  # folders that may hold the files that travel with the weights
+    tokenizer: str | None  # its name, if a run recorded it
+
+
+def find_exported(run, state=None, mxfp4=False):
+    """The Exported of a checkpoint folder, a training run, or a saved state: its own folder, or a
+    run and `state`, see find_state. ValueError if there is none."""
+    if snapshot := find_state(run, state):
+        home = snapshot.parent.parent
+        known = read_json(home / "config.json") if exists(home / "config.json") else {}
+        places, problems = state_places(snapshot)
+        homes = [home / "model", Path(known.get("checkpoint") or home)]
+        found = snapshot, state_config(snapshot), places, problems, False, homes
+        return Exported(*found, known.get("tokenizer"))
+    found = find_model(run)
+    if found.layout not in ("ours", "adapters"):
+        raise ValueError(f"{found.weights} is no checkpoint of ours: import it first")
+    config = GPTOSSConfig.from_json(found.weights / "config.json")
+    packed = mxfp4 and found.layout == "ours" and lora.is_packed(found.weights)
+    places, problems = read_places(found.weights) if packed else lora.places(found.weights)
+    return Exported(
+        found.weights, config, places, problems, packed, [found.weights], found.tokenizer
+    )

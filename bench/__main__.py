@@ -12,6 +12,7 @@
     python -m bench --accuracy               # bf16 error, ours and transformers', against fp32
     python -m bench --deterministic=true     # are two runs equal to the bit, and what it costs
     python -m bench --generate --against=transformers  # tokens per second of generation
+    python -m bench --inspect FOLDER TEXT    # a model's routes, sinks and entropies on a text
     python -m bench --curves                 # losses on one rank, at sp 2 and dp 2; runs/curves.png
     python -m bench --plot                   # docs/bench.png from what an earlier run wrote
 
@@ -40,6 +41,7 @@ from bench import (
     curves,
     determinism,
     generate,
+    inspection,
     kernels,
     plots,
     profiling,
@@ -127,6 +129,10 @@ KINDS = {  # of measurements, one at a time
     "generate": (
         {"action": "store_true"},
         "time to the first token, and tokens per second, of 16x4K: 16 prompts of 4K tokens",
+    ),
+    "inspect": (
+        {"nargs": 2, "metavar": ("FOLDER", "TEXT")},
+        "what a model, a run or a saved state does with a text: routes, sinks, entropies",
     ),
     "deterministic": (
         {"choices": ["true", "false"], "default": "false"},
@@ -246,6 +252,8 @@ def main(arguments=None):
             parser.error("--curves must come first, and train.py's arguments follow it")
         if options.plot:
             return plots.plot(options.out / "bench.json", options.plot)
+        if options.inspect:
+            return inspection.show(*options.inspect)
         measure(options, parser)
     except torch.OutOfMemoryError:
         raise SystemExit(

@@ -49,12 +49,12 @@ def check_run(options):
 
 def check_launch(options):
     """ValueError if the processes, or their GPUs, are not those of the options."""
-    tasks = os.environ.get("SLURM_NTASKS", "1")
-    if "RANK" not in os.environ and tasks.isdigit() and int(tasks) > 1:
+    if "RANK" not in os.environ and (tasks := slurm_tasks()) > 1:
         raise ValueError(
-            f"srun started {tasks} separate processes: let it start one torchrun per node, "
-            "srun --ntasks-per-node=1 torchrun --nnodes=$SLURM_NNODES --nproc_per_node=8 "
-            "--rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py ..."
+            f"Slurm has {tasks} tasks, and without torchrun each would train by itself: srun "
+            "--ntasks-per-node=1 torchrun --nnodes=$SLURM_NNODES --nproc_per_node="
+            f"{torch.cuda.device_count() or 8} --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 "
+            "train.py ... (examples/slurm.sh does)"
         )
     gpus, wanted = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if options.offload and not gpus:
@@ -63,6 +63,14 @@ def check_launch(options):
         raise ValueError(
             f"--nproc_per_node {wanted}: this machine has {gpus} GPUs, and each rank needs one"
         )
+
+
+def slurm_tasks():
+    """How many processes srun has started, this one included; 1 without Slurm."""
+    names = "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"  # of this srun; of the job
+    stated = [os.environ[name] for name in names if os.environ.get(name, "").isdigit()]
+    number = os.environ.get("SLURM_PROCID", "")
+    return max(int(stated[0]) if stated else 1, int(number) + 1 if number.isdigit() else 1)
 
 
 def check_new(options):

@@ -207,7 +207,8 @@ def tell_torchrun(text):
 def first_to_say(text, store):
     """True if this rank is the first to report `text`, or, for an empty text, to report at all."""
     if store is None:  # before they meet, ranks fail alike
-        return dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0"
+        first = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+        return dist.is_initialized() or first
     said = f"said/{attempt()}"
     others = store.add(said, 1) - 1
     return store.add(f"{said}/{text}", 1) == 1 if text else others == 0

@@ -2,8 +2,8 @@
 
 import json
 import math
-import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -451,20 +451,94 @@ def test_verify_refuses_a_comparison_that_cannot_fail(tmp_path):
         verify(str(source), tmp_path / "ours")
 
 
-def test_command_line(tmp_path):
+def test_command_line(tmp_path, monkeypatch, capsys):
+    """The script itself, without a network."""
     source = hugging_face_folder(tmp_path / "source")
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
     def run(*arguments):
-        command = [sys.executable, str(ROOT / "convert_hf.py"), *map(str, arguments)]
-        return subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True
-        )
+        monkeypatch.setattr(sys, "argv", ["convert_hf.py", *map(str, arguments)])
+        runpy.run_path(ROOT / "convert_hf.py", run_name="__main__")
+        return capsys.readouterr().out
 
-    done = run(source)
-    assert done.returncode == 0, done.stderr
-    assert "GB/s" in done.stdout and (tmp_path / "checkpoints" / "source" / "config.json").exists()
-    offline = run("openai/no-such-model-of-theirs")
-    assert offline.returncode == 1 and offline.stderr.startswith(
+    said = run(source)
+    assert "GB/s" in said and (tmp_path / "checkpoints" / "source" / "config.json").exists()
+    with pytest.raises(SystemExit) as offline:
+        run("openai/no-such-model-of-theirs")
+    assert offline.value.code.startswith(
         "error: openai/no-such-model-of-theirs: no such folder here"
     )
+
+
+# --------------------------------------------------------------------------------------------------
+# What travels with an export: where generation ends, and the tokenizer
+
+
+@pytest.mark.parametrize(
+    "vocabulary, name, given, expected",
+    [
+        (201_088, None, None, [200_002, 200_012, 199_999]),
+        (201_216, "o200k_harmony", None, [200_002, 200_012, 199_999]),
+        (257, "bytes", None, [256]),
+        (201_088, None, {"eos_token_id": 200_002, "top_k": 7}, [200_002, 200_012, 199_999]),
+        (201_088, None, {"eos_token_id": [199_999, 200_012, 200_002]}, None),
+        (97, None, None, None),
+    ],
+    ids=["released", "padded", "bytes", "one end", "all ends", "unknown"],
+)
+def test_generation_ends_where_answers_do(tmp_path, vocabulary, name, given, expected):
+    """None: what was there stays as it was."""
+    path, config = tmp_path / "generation_config.json", GPTOSSConfig(vocab_size=vocabulary)
+    if given:
+        path.write_text(json.dumps(given))
+    before = path.read_bytes() if given else None
+    convert_hf.write_generation_config(tmp_path, config, name)
+    if expected is None:
+        assert (path.read_bytes() if path.exists() else None) == before
+        return
+    read = transformers.GenerationConfig.from_pretrained(tmp_path)
+    assert read.eos_token_id == expected and read.top_k == (given or {}).get("top_k")
+    pad, begin = (256, None) if name == "bytes" else (199_999, 199_998)
+    assert (read.pad_token_id, read.bos_token_id) == (pad, begin)
+
+
+def real_tokenizer(folder, words):
+    tokenizers = pytest.importorskip("tokenizers", reason="transformers' tokenizers")
+    vocabulary = {f"w{i}": i for i in range(words)} | {"?": words}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="?"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=model, unk_token="?")
+    wrapped.save_pretrained(folder)
+    return folder
+
+
+def test_ready_is_said_of_what_is(tmp_path, capsys):
+    """A run that began with a converted model: its export has that model's tokenizer, and answers
+    to a text in transformers. Other sizes than vLLM's, or another tokenizer: it says so."""
+    source = hugging_face_folder(tmp_path / "source")
+    (source / "tokenizer.json").unlink()
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-5}))
+    real_tokenizer(source, 90)
+    import_checkpoint(str(source), tmp_path / "ours")
+    capsys.readouterr()
+    export_checkpoint(tmp_path / "ours", tmp_path / "out")
+    assert capsys.readouterr().out.endswith("out is ready for transformers and vLLM\n")
+    ids = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("w3 w80").input_ids
+    assert ids == [3, 80]
+    assert their_model(tmp_path / "out")(torch.tensor([ids])).logits.isfinite().all()
+
+    run = training_run(tmp_path / "run")  # with another rms_norm_eps
+    export_checkpoint(run, tmp_path / "a", tokenizer=source)
+    assert capsys.readouterr().out.endswith("a is ready for transformers\n")
+    larger = real_tokenizer(tmp_path / "larger", 97)
+    export_checkpoint(run, tmp_path / "b", tokenizer=larger)
+    printed = capsys.readouterr().out
+    assert (
+        "is ready" not in printed and "a tokenizer of 98 tokens for a vocabulary of 97" in printed
+    )
+    (larger / "tokenizer.json").write_text("{}")
+    export_checkpoint(run, tmp_path / "c", tokenizer=larger)
+    printed = capsys.readouterr().out
+    assert "is ready" not in printed and "tokenizer.json that cannot be read (KeyError" in printed

@@ -243,6 +243,7 @@ def test_mxfp4_refuses_what_it_cannot_hold(tmp_path):
         ["a", "--export", "b", "--out", "c"],
         ["--export", "b"],
         ["a", "--mxfp4"],
+        ["a", "--state=best"],
         ["--export", "b", "--out", "c", "--packed"],
     ],
 )
@@ -414,18 +415,13 @@ def test_an_mxfp4_scale_that_is_no_number(tmp_path, capsys):
 
 
 def test_an_export_without_a_tokenizer_is_not_ready(tmp_path, capsys):
-    """Nobody can use it for text; with the files from elsewhere it is."""
+    """Nobody can use it for text."""
     run = training_run(tmp_path / "run")
     (run / "config.json").write_text('{"tokenizer": "o200k_harmony"}')
     main(["--export", str(run), "--out", str(tmp_path / "a")])
     printed = capsys.readouterr().out
     assert "ready" not in printed
     assert "a has the weights but no tokenizer (o200k_harmony): export again with" in printed
-    (tmp_path / "files").mkdir()
-    (tmp_path / "files" / "tokenizer.json").write_text("{}")
-    tokenizer = ["--tokenizer", str(tmp_path / "files")]
-    main(["--export", str(run), "--out", str(tmp_path / "b"), *tokenizer])
-    assert "b is ready for transformers and vLLM" in capsys.readouterr().out
 
 
 def test_keys_that_nothing_reads_are_named(tmp_path, whole, capsys):

@@ -1,4 +1,8 @@
-"""examples/: transformers' own model on slices of sequences against the same model on one rank."""
+"""examples/: transformers' own model on slices of sequences against the same model on one rank;
+the Slurm script."""
+
+import os
+import subprocess
 
 import pytest
 import torch
@@ -7,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import sp
 from common import assert_all_close, batch, gradients, relative, run_ranks, tiny_config, twins
+from conftest import ROOT
 
 B, S = 2, 24
 
@@ -81,3 +86,35 @@ def test_transformers_on_ranks_equals_one(ranks):
             assert f"starts at {r * S // ranks}" in message
         assert "shift them before sp.shard" in labels and "padding" in mask
         assert relative(without, found[r][0]) > 1e-2  # the sinks took part
+
+
+# --------------------------------------------------------------------------------------------------
+# slurm.sh
+
+SLURM = {"SLURM_JOB_ID": "41234", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4"}
+SLURM |= {"SLURM_JOB_NODELIST": "node[7-8]"}
+FAKES = {  # what Slurm has, and torchrun, each of which prints what it is told
+    "scontrol": 'echo "$@" >> told; printf "node7\\nnode8\\n"',
+    "srun": 'while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
+    "torchrun": 'printf "%s\\n" "$@" > launched; kill -USR1 $$; echo alive >> launched',
+}
+
+
+def test_slurm(tmp_path):
+    """Its syntax; what torchrun gets; and that SIGUSR1, which reaches every process, spares it."""
+    script = ROOT / "examples/slurm.sh"
+    subprocess.run(["bash", "-n", script], check=True)
+    assert os.access(script, os.X_OK)
+    for name, body in FAKES.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    told = [script, "configs/gptoss_120b.py", "--name=a b"]
+    subprocess.run(told, cwd=tmp_path, env=os.environ | SLURM | {"PATH": path}, check=True)
+    assert (tmp_path / "told").read_text() == "show hostnames node[7-8]\n"
+    *launch, last = (tmp_path / "launched").read_text().splitlines()
+    assert last == "alive" and launch == [
+        "--nnodes=2", "--nproc_per_node=4", "--rdzv_backend=c10d",
+        "--rdzv_endpoint=node7:21234", "--rdzv_id=41234",
+        "train.py", "configs/gptoss_120b.py", "--name=a b", "--resume",
+    ]  # fmt: skip

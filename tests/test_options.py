@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import re
 import subprocess
 import sys
@@ -183,11 +184,30 @@ def test_options_of_earlier_versions(name, mine):
         parse(["--optimizer=bf16"], "")
 
 
-def test_srun_without_torchrun(monkeypatch):
-    monkeypatch.setenv("SLURM_NTASKS", "8")
-    monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(ValueError, match="srun --ntasks-per-node=1 torchrun --nnodes"):
+@pytest.mark.parametrize(
+    "told, tasks",
+    [
+        ({"SLURM_NTASKS": "8"}, 8),
+        ({"SLURM_PROCID": "3"}, 4),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, 2),
+        ({"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}, 2),
+        # a job of eight tasks in which srun starts one
+        ({"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, 1),
+        ({}, 1),
+    ],
+)
+def test_srun_without_torchrun(told, tasks, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("SLURM_") or name == "RANK"]:
+        monkeypatch.delenv(name)
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    if tasks == 1:
         check_launch(Options())
+        return
+    with pytest.raises(ValueError) as error:
+        check_launch(Options())
+    assert f"Slurm has {tasks} tasks" in str(error.value) and "\n" not in str(error.value)
+    assert "srun --ntasks-per-node=1 torchrun --nnodes=$SLURM_NNODES" in str(error.value)
     monkeypatch.setenv("RANK", "3")
     check_launch(Options())
 

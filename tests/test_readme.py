@@ -270,6 +270,7 @@ def test_commands_parse(document, monkeypatch):
         (bench, ["measure"]),
         (bench.plots, ["plot"]),
         (bench.curves, ["main"]),
+        (bench.inspection, ["show"]),
         # the first of what a conversion does
         (convert_hf, ["import_checkpoint", "export_checkpoint", "verify", "find_model"]),
         (data, ["run"]),
