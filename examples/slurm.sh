@@ -25,13 +25,13 @@
 set -euo pipefail
 [ ! -f .venv/bin/activate ] || . .venv/bin/activate
 
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST") # one a line
 launch=(
   torchrun
   --nnodes="$SLURM_JOB_NUM_NODES"
   --nproc_per_node="${SLURM_GPUS_ON_NODE:-8}"
   --rdzv_backend=c10d
-  --rdzv_endpoint="$head:$((20000 + SLURM_JOB_ID % 20000))"
+  --rdzv_endpoint="${nodes%%$'\n'*}:$((20000 + SLURM_JOB_ID % 20000))"
   --rdzv_id="$SLURM_JOB_ID"
 )
 
