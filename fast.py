@@ -2,8 +2,8 @@
 place.
 
 Nothing here is needed to understand the model. `@faster(twin)` above a definition swaps the twin
-in; `with fast.plain():` swaps all of them out again. tests/test_fast.py compares every pair,
-outputs and gradients.
+in; `with fast.plain():` swaps all of them out again (switch.py). tests/test_fast.py compares every
+pair, outputs and gradients.
 
 Each optimisation states its gain as the slowdown without it, for forward + backward at 8K and 32K
 tokens of six of the 20b's layers on an H200 (`python -m bench --ablation`; docs/LOG.md,
@@ -15,8 +15,6 @@ Letters in shapes are model.py's, and R = N k: a row per token and chosen expert
 import functools
 import itertools
 import math
-import os
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +22,18 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 
 from recompute import Recompute, once, replaying
+from switch import (  # noqa: F401 (for others: they say fast.plain)
+    PAIRS,
+    SWITCHES,
+    as_now,
+    declined,
+    differentiable_gradients,
+    faster,
+    fused,
+    is_on,
+    plain,
+    say,
+)
 
 IGNORED = -100  # a target that the loss does not count, as in model.py
 LOSS_TOKENS = 2048  # tokens whose logits exist at a time: 0.8 GiB in bf16 for the real vocabulary;
@@ -53,119 +63,6 @@ def fit_tiles(gib):
         say(f"{gib:.1f} GiB: tiles of {EXPERT_TOKENS} tokens in the experts")
 
 
-# --------------------------------------------------------------------------------------------------
-# The switch between definitions and fast twins
-
-PAIRS = {}  # definition's name: (definition, twin)
-SWITCHES = set()  # everything that can be switched off: pairs, compiled leaves, cuDNN
-_off = frozenset()  # what is switched off now
-
-
-@contextmanager
-def plain(*names):
-    """`with plain():` the model runs as defined, differentiated by autograd: slow, and the truth.
-
-    With names out of SWITCHES only those are switched off. ValueError for another name."""
-    if unknown := set(names) - SWITCHES:
-        raise ValueError(f"plain: {', '.join(sorted(unknown))}: not in {sorted(SWITCHES)}")
-    with _switched_off(_off | (set(names) or SWITCHES)):
-        yield
-
-
-@contextmanager
-def _switched_off(names):
-    global _off
-    before, _off = _off, names
-    try:
-        yield
-    finally:
-        _off = before
-
-
-def is_on(name):
-    """Whether the twin or leaf `name` is in use, not switched off by `plain`."""
-    return name not in _off
-
-
-def faster(twin):
-    """Decorate a definition: `twin`, of the same signature, runs in its place. A twin that cannot
-    do a case returns `declined(...)`, and the definition runs."""
-
-    def decorate(definition):
-        name = definition.__name__
-        PAIRS[name] = definition, twin
-        SWITCHES.add(name)
-
-        @functools.wraps(definition)
-        def call(x, *args):
-            if name in _off:
-                return definition(x, *args)
-            if torch.is_autocast_enabled(x.device.type):
-                result = declined(name, "torch.autocast is on; model.bfloat16() needs no autocast")
-            elif x.dtype == torch.float64:
-                result = declined(name, "the fast twin computes in fp32, and the model is in fp64")
-            else:
-                result = PAIRS[name][1](x, *args)
-            return definition(x, *args) if result is NotImplemented else result
-
-        return call
-
-    return decorate
-
-
-@functools.cache
-def say(message):
-    """Print a message once, on the first rank."""
-    if os.environ.get("RANK", "0") == "0":
-        print(message, flush=True)
-
-
-def declined(name, reason):
-    """What a twin returns when its definition has to run instead; the reason is printed once."""
-    say(f"{name}: plain PyTorch, because {reason}")
-    return NotImplemented
-
-
-def differentiable_gradients(name, inputs, grad):
-    """The gradients of a definition's inputs, themselves differentiable: for create_graph=True,
-    which a written-out backward cannot serve. None for inputs that need no gradient."""
-    declined(name, "a second derivative is asked for")
-    wanted = [x for x in inputs if torch.is_tensor(x) and x.requires_grad]
-    out = PAIRS[name][0](*inputs)
-    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
-    return tuple(next(found) if torch.is_tensor(x) and x.requires_grad else None for x in inputs)
-
-
-# --------------------------------------------------------------------------------------------------
-# Compiled leaves
-
-# FlexAttention is specialised per mask, dtype, batch size and grad mode: more variants than the
-# default limit of 8. This setting is process-wide.
-torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-
-
-def fused(function):
-    """Compile `function` for a GPU into one or two kernels; on a CPU it runs as written.
-
-    Only leaves are compiled, never a block, so communication keeps the order it is written in.
-    fullgraph turns a graph break into an error: FlexAttention would silently fall back to S x S
-    scores. Uncompiled, 8K is 92 % slower, 32K 71 %, with 18 GiB more.
-
-    comprehensive_padding=False works around a PyTorch 2.11 bug: Inductor writes part of lse's
-    gradient unpadded and reads it back padded, so dq, dk and dsinks are wrong when S (or H S, with
-    several sequences) is over 1024 and not a multiple of 32. 2.13 did not show it
-    (docs/LOG.md, 2026-11-25)."""
-    compiled = torch.compile(function, fullgraph=True, options={"comprehensive_padding": False})
-    name = function.__name__
-    SWITCHES.add(name)
-
-    @functools.wraps(function)
-    def call(x, *args, **kwargs):
-        return (compiled if x.is_cuda and name not in _off else function)(x, *args, **kwargs)
-
-    return call
-
-
 def add_matmul_(total, a, b):
     """total += a @ b, accumulated in total's fp32 whatever the dtype of a and b."""
     if total.is_cuda and a.dtype != total.dtype:
@@ -182,7 +79,7 @@ def choose_kernel(window, documents, device, dtype, head_dim):
     Prints which, and why."""
     layers = f"window {window} layers" if window else "full layers"
     packed = " with packed documents" if documents is not None else ""
-    if "flex_sink_attention" in _off:
+    if not is_on("flex_sink_attention"):
         kernel, why = "dense", "the fast kernels are switched off"
     elif device.type != "cuda" or head_dim < 16:
         kernel, why = "dense", "fused kernels need a GPU and head_dim of at least 16"
@@ -335,7 +232,7 @@ SWITCHES.add("cudnn_sink_attention")
 
 def cudnn_refuses(device, dtype, head_dim):
     """Why cuDNN's attention cannot be used here, or None."""
-    if "cudnn_sink_attention" in _off:
+    if not is_on("cudnn_sink_attention"):
         return "it is switched off"
     if torch.are_deterministic_algorithms_enabled():
         return "its backward is not deterministic"
@@ -730,10 +627,8 @@ def mean_loss(x, unembedding, targets, weights, count):
 
 def recomputed(block, *inputs, keep_attention):
     """block(*inputs), keeping only the inputs; the backward recomputes the activations, but for
-    cuDNN's attention output if keep_attention. The replay runs what the forward ran, also outside
-    of `plain()`."""
-    same_switches = functools.partial(_switched_off, _off)
-    contexts = functools.partial(Recompute.contexts, keep_attention, same_switches)
+    cuDNN's attention output if keep_attention."""
+    contexts = functools.partial(Recompute.contexts, keep_attention, as_now())
     return checkpoint(
         block, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
     )
