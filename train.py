@@ -180,6 +180,15 @@ def scale_gradients_(model, factor):
     torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], factor)
 
 
+def skip_update(options, model, at, loss, norm, log):
+    """Count and report a step without an update. FloatingPointError after BAD_STEPS in a row."""
+    at.skipped += 1
+    many = f"update skipped, {at.skipped} in a row"
+    log.say(f"step {at.step}: loss {loss}, gradient norm {norm}: {many}")
+    if at.skipped == BAD_STEPS:
+        raise FloatingPointError(describe_bad_step(model, at, options))
+
+
 def learning_rate(options, step):
     """Linear warm-up, then half a cosine down to a tenth of lr."""
     if step < options.warmup_steps:
@@ -286,13 +295,7 @@ def train(options):
             optimizer.step()
             at.updates, at.skipped = at.updates + 1, 0
         else:
-            at.skipped += 1
-            log.say(
-                f"step {at.step}: loss {loss}, gradient norm {norm}: "
-                f"update skipped, {at.skipped} in a row"
-            )
-            if at.skipped == BAD_STEPS:
-                raise FloatingPointError(describe_bad_step(model, at, options))
+            skip_update(options, model, at, loss, norm, log)
         optimizer.zero_grad()
         at.step += 1
 
