@@ -20,6 +20,9 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
+# What a rank finds imported; what is not installed is done without. A run draws a plot at its end.
+PRELOADED = ["train", "pytest", "matplotlib.backends.backend_agg"]
+
 # for processes that are started by hand
 NO_GPU = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
@@ -29,8 +32,8 @@ num_hidden_layers, hidden_size, intermediate_size = 2, 32, 16
 num_attention_heads, num_key_value_heads, head_dim = 4, 2, 8
 num_experts, experts_per_token = 4, 2
 sliding_window, initial_context_length, max_position_embeddings = 8, 16, 64
-seq_len, batch_size, micro_batch, recompute = 32, 4, 1, "none"
-steps, lr, warmup_steps = 50, 1e-3, 5
+seq_len, batch_size, micro_batch, recompute = 32, 4, 2, "none"
+steps, lr, warmup_steps = 20, 2e-3, 5
 data, eval_data = "corpus", "held-out"
 """
 
@@ -66,7 +69,7 @@ class Run:
         """prepare(rank): called on each rank before it begins."""
         self.home, self.output = home, home / f"output-{os.urandom(4).hex()}"
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["train", "model", "pytest"])
+        context.set_forkserver_preload(PRELOADED)
         patience = timedelta(seconds=60)
         self.store = dist.TCPStore(
             "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=patience

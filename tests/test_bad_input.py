@@ -195,7 +195,7 @@ BAD = {  # case: (arguments, what is prepared, what the message must say)
     "sp and length": ("tiny.py --sp=2 --seq_len=31", None, "sp=2", "must divide seq_len=31"),
     "sp and heads": (f"tiny.py --sp=2 {MORE} --num_attention_heads=3", None, "sp=2", "heads=3"),
     "sp and key-value heads": (f"tiny.py --sp=2 {MORE}", None, "sp=2", "a multiple"),
-    "batch and ranks": ("tiny.py --batch_size=3", None, "batch_size=3", "multiple of 2"),
+    "batch and ranks": ("tiny.py --batch_size=3", None, "batch_size=3", "multiple of 4"),
     "longer than the model": ("tiny.py --seq_len=128", None, "seq_len=128", "64 positions"),
     "seq_len of one": ("tiny.py --seq_len=1", None, "seq_len=1", "2 or more"),
     "offload of all": ("tiny.py --offload", None, "recompute=none", "recompute=attention or all"),

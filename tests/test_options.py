@@ -245,7 +245,7 @@ def test_dry_run(home):
     ).stdout
     parameters = sum(p.numel() for p in fresh_model(tiny_options()).parameters())
     assert f"{parameters:,} parameters, optimizer fp32 at 16 bytes each" in text
-    assert "2 micro-batches x 2 groups (sp 2) x 1 sequence x 32 tokens" in text
+    assert "1 micro-batch x 2 groups (sp 2) x 2 sequences x 32 tokens" in text
     assert "GiB  peak of each of 4 GPUs" in text
     assert "FLOPs, if each sequence is one document\n" in text, "nothing is recomputed"
     assert not (home / "runs/dry").exists()

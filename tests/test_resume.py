@@ -27,13 +27,13 @@ def home(tmp_path_factory):
     return make_home(tmp_path_factory.mktemp("resume"))
 
 
-STEPS = ("tiny.py", "--steps=30", "--save_every=10", "--keep=9")
-EVALUATE = "--eval_every=15"
+STEPS = ("tiny.py", "--steps=12", "--save_every=4", "--keep=9")
+EVALUATE = "--eval_every=6"
 
 
 @pytest.fixture(scope="module")
 def printed(home):
-    """{name of a run of 30 steps that kept its states after 10, 20 and 30: what it printed}"""
+    """{name of a run of 12 steps that kept its states after 4, 8 and 12: what it printed}"""
     return {
         "one": train(home, *STEPS, EVALUATE, "--name=one", "--sample=ab"),
         "two": train(home, *STEPS, "--name=two", ranks=2),
@@ -49,11 +49,11 @@ def files_of(folder):
 
 
 def test_resumed_on_one_device_to_the_last_digit(home, printed):
-    copy_run(home, "one", "again", 20)
+    copy_run(home, "one", "again", 8)
     with open(home / "runs/again/metrics.jsonl", "a") as file:
         file.write('{"step": 50, "lo')  # what a full disk leaves of a line
     text = train(home, *STEPS, EVALUATE, "--name=again", "--resume")
-    assert "goes on after step 19\n" in text and "step 19 |" not in text and "step 20 |" in text
+    assert "goes on after step 7\n" in text and "step  7 |" not in text and "step  8 |" in text
     assert losses(home, "again") == losses(home, "one")
     assert held_out(home, "again") == held_out(home, "one")
     assert_same_weights(home, "again", "one")
@@ -61,13 +61,18 @@ def test_resumed_on_one_device_to_the_last_digit(home, printed):
 
 @pytest.mark.parametrize(
     "name, ranks, options",
-    [("one", 2, ["--sp=2"]), ("two", 1, []), ("two", 4, ["--sp=2"]), ("two", 4, ["--replicas=2"])],
+    [
+        ("one", 2, ["--sp=2"]),
+        ("two", 1, []),
+        ("two", 4, ["--sp=2"]),
+        ("two", 4, ["--replicas=2", "--micro_batch=1"]),
+    ],
 )
 def test_resumed_on_another_number_of_ranks(home, printed, name, ranks, options):
     copy = f"{name}-on-{ranks}-{len(''.join(options))}"
-    copy_run(home, name, copy, 20)
+    copy_run(home, name, copy, 8)
     text = train(home, *STEPS, f"--name={copy}", "--resume", *options, ranks=ranks)
-    assert "goes on after step 19\n" in text
+    assert "goes on after step 7\n" in text
     assert_same_losses(home, copy, name)
 
 
@@ -91,26 +96,26 @@ def of_an_earlier_version(state):
 
 
 def test_a_state_of_an_earlier_version_is_resumed(home, printed):
-    run = copy_run(home, "one", "old", 20)
+    run = copy_run(home, "one", "old", 8)
     for state in (run / "states").iterdir():
         of_an_earlier_version(state)
-    assert "goes on after step 19\n" in train(home, *STEPS, EVALUATE, "--name=old", "--resume")
+    assert "goes on after step 7\n" in train(home, *STEPS, EVALUATE, "--name=old", "--resume")
     assert losses(home, "old") == losses(home, "one")
     assert_same_weights(home, "old", "one")
 
 
 def test_resumed_after_the_end_only_writes_the_weights(home, printed):
-    copy_run(home, "one", "done", 30)
+    copy_run(home, "one", "done", 12)
     text = train(home, *STEPS, EVALUATE, "--name=done", "--resume")
-    assert "step 29 |" not in text and losses(home, "done") == losses(home, "one")
+    assert "step 11 |" not in text and losses(home, "done") == losses(home, "one")
     assert_same_weights(home, "done", "one")
 
 
-@pytest.mark.parametrize("steps", [20, 30])
+@pytest.mark.parametrize("steps", [8, 12])
 def test_resuming_a_finished_run_changes_nothing(home, printed, steps):
     before = files_of(home / "runs/two")
     text = train(home, "tiny.py", f"--steps={steps}", "--name=two", "--resume", ranks=2)
-    assert text == "runs/two has ended after step 29: nothing is left to do\n"
+    assert text == "runs/two has ended after step 11: nothing is left to do\n"
     assert files_of(home / "runs/two") == before
 
 
@@ -170,7 +175,7 @@ def no_finite_loss_from_step_4(rank):
 
     def forward(self, *args, **kwargs):
         calls.append(1)
-        return good(self, *args, **kwargs) * (1 if len(calls) <= 4 * 4 else float("nan"))
+        return good(self, *args, **kwargs) * (1 if len(calls) <= 4 * 2 else float("nan"))
 
     GPTOSS.forward = forward
 
@@ -192,25 +197,25 @@ def test_states_saved_while_updates_are_skipped_do_not_count(home):
 
 def scripted_evaluations(rank):
     """Held-out losses of the evaluations of a run, whatever the model."""
-    script = {5: 3.0, 10: 1.0, 15: 2.0, 20: 4.0, 25: 0.5, 30: 0.6}
+    script = {2: 3.0, 4: 1.0, 6: 2.0, 8: 4.0, 10: 0.5, 12: 0.6}
     judge, evaluated = Progress.judge, States.evaluated
     Progress.judge = lambda self, loss: judge(self, script[self.step])
     States.evaluated = lambda self, at, loss, better: evaluated(self, at, script[at.step], better)
 
 
-BEST = ("tiny.py", "--eval_every=5", "--save_every=5", "--keep=1", "--keep_best", "--steps=20")
+BEST = ("tiny.py", "--eval_every=2", "--save_every=2", "--keep=1", "--keep_best", "--steps=8")
 
 
 def test_the_best_state_stays_and_becomes_the_model(home):
-    train(home, "tiny.py", "--steps=20", "--save_every=10", "--name=plain", "--keep=9")
+    train(home, "tiny.py", "--steps=8", "--save_every=4", "--name=plain", "--keep=9")
     text = train(home, *BEST, "--name=best", prepare=scripted_evaluations)
-    assert states(home, "best") == ["step-00000010", "step-00000020"]
+    assert states(home, "best") == ["step-00000004", "step-00000008"]
     marks = [examine(state)[0] for state in (home / "runs/best/states").iterdir()]
-    assert {numbers["step"]: numbers["held_out"] for numbers in marks} == {10: 1.0, 20: 4.0}
-    assert "weights are in runs/best/model: the best ones, of step 9, held out 1.0000\n" in text
-    copy_run(home, "plain", "plain-10", 10)
-    train(home, "tiny.py", "--steps=10", "--resume", "--name=plain-10")
-    assert_same_weights(home, "best", "plain-10")
+    assert {numbers["step"]: numbers["held_out"] for numbers in marks} == {4: 1.0, 8: 4.0}
+    assert "weights are in runs/best/model: the best ones, of step 3, held out 1.0000\n" in text
+    copy_run(home, "plain", "plain-4", 4)
+    train(home, "tiny.py", "--steps=4", "--resume", "--name=plain-4")
+    assert_same_weights(home, "best", "plain-4")
 
 
 def test_a_resumed_run_knows_the_best(home):
@@ -218,30 +223,30 @@ def test_a_resumed_run_knows_the_best(home):
     name = "best-again"
     train(home, *BEST, f"--name={name}", prepare=scripted_evaluations)
     shutil.rmtree(home / "runs" / name / "model")
-    options = (*BEST[:-1], "--steps=30", f"--name={name}", "--resume")
+    options = (*BEST[:-1], "--steps=12", f"--name={name}", "--resume")
     text = train(home, *options, prepare=scripted_evaluations)
-    assert states(home, name) == ["step-00000025", "step-00000030"]
-    assert "best so far" in text and "the best ones, of step 24, held out 0.5000" in text
+    assert states(home, name) == ["step-00000010", "step-00000012"]
+    assert "best so far" in text and "the best ones, of step 9, held out 0.5000" in text
 
 
 def test_without_save_every_only_the_best_is_saved(home):
     options = [option for option in BEST if "save_every" not in option]
     train(home, *options, "--name=only-best", prepare=scripted_evaluations)
-    assert states(home, "only-best") == ["step-00000010"]
+    assert states(home, "only-best") == ["step-00000004"]
 
 
 def test_stop_after(home):
     """Two evaluations without a better one end the run: its model and its state are there."""
-    options = ("tiny.py", "--eval_every=5", "--save_every=50", "--steps=30", "--name=patience")
+    options = ("tiny.py", "--eval_every=2", "--save_every=50", "--steps=12", "--name=patience")
     text = train(home, *options, "--stop_after=2", prepare=scripted_evaluations)
-    assert len(losses(home, "patience")) == 20 and states(home, "patience") == ["step-00000020"]
-    assert "ended after step 19: 2 evaluations without a better one" in text
+    assert len(losses(home, "patience")) == 8 and states(home, "patience") == ["step-00000008"]
+    assert "ended after step 7: 2 evaluations without a better one" in text
     assert (home / "runs/patience/model").exists()
     again = (*options, "--resume", "--stop_after=2")
     assert "nothing is left to do" in train(home, *again, prepare=scripted_evaluations)
     longer = (*options, "--resume", "--stop_after=3")
     train(home, *longer, prepare=scripted_evaluations)
-    assert len(losses(home, "patience")) == 30
+    assert len(losses(home, "patience")) == 12
 
 
 # --------------------------------------------------------------------------------------------------
@@ -254,8 +259,8 @@ def test_epochs(home):
     sequences = rows[0]["epoch"] ** -1 * 4
     assert len(rows) == -(-1.5 * sequences // 4) and 1.5 <= rows[-1]["epoch"] < 1.5 + 4 / sequences
     assert f"{len(rows)} steps of 4 sequences: " in text and "warning" not in text
-    many = train(home, "tiny.py", "--data=held-out", "--epochs=9", "--name=many")
-    assert "warning: 9 epochs over the same data; --epochs=5 would be" in many
+    many = train(home, "tiny.py", "--data=held-out", "--epochs=6", "--name=many")
+    assert "warning: 6 epochs over the same data; --epochs=5 would be" in many
 
 
 # --------------------------------------------------------------------------------------------------
@@ -266,11 +271,11 @@ def test_files_of_a_run(home, printed):
     run = home / "runs/one"
     settings = json.loads((run / "config.json").read_text())
     assert settings.pop("tokenizer") == "bytes"
-    changes = {"steps": 30, "save_every": 10, "keep": 9, "eval_every": 15, "sample": "ab"}
+    changes = {"steps": 12, "save_every": 4, "keep": 9, "eval_every": 6, "sample": "ab"}
     assert settings == dataclasses.asdict(tiny_options(name="one", **changes))
     names = {"config.json", "metrics.jsonl", "states", "model"}
     assert {path.name for path in run.iterdir()} - {"loss.png"} == names
-    assert states(home, "one") == [f"step-{n:08d}" for n in (10, 20, 30)]
+    assert states(home, "one") == [f"step-{n:08d}" for n in (4, 8, 12)]
     assert "weights are in runs/one/model\nab" in printed["one"]
     pytest.importorskip("matplotlib", reason="draws loss.png")
     assert (run / "loss.png").read_bytes()[:4] == b"\x89PNG"
