@@ -1,0 +1,265 @@
+"""fast.py's attention: which kernel runs, cuDNN's kernel with sinks, FlexAttention and its block
+mask."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask, create_mask
+
+import fast
+import model as model_module
+from common import (
+    assert_all_close,
+    attention_inputs,
+    attention_without_sinks,
+    batch,
+    gradients,
+    noise_,
+    packed,
+    relative,
+    tiny_config,
+)
+from fast import block_mask
+from model import GPTOSS, dense_attention
+
+
+def test_the_choice_of_attention_is_said_once(capsys):
+    fast.say.cache_clear()
+    model = noise_(GPTOSS(tiny_config()))
+    for _ in range(2):
+        model(torch.zeros(1, 3, dtype=torch.int64))
+    said = capsys.readouterr().out.splitlines()
+    assert [
+        sum(f"{layers} layers: dense" in line for line in said) for layers in ("window 7", "full")
+    ] == [1, 1]
+    assert len(said) == 2
+
+
+class PlainCudnn:
+    """cuDNN's attention op in plain tensor operations: like any flash kernel, its backward trusts
+    the out and lse it is given."""
+
+    def __init__(self):
+        self.forwards = 0
+
+    def forward(self, q, k, v, bias, compute_lse, is_causal):
+        self.forwards += 1
+        assert bias is None and compute_lse and is_causal
+        out, lse = attention_without_sinks(*(x.transpose(1, 2) for x in (q, k, v)))
+        seed = offset = torch.zeros(())
+        return (
+            out,
+            lse[..., None],
+            None,
+            None,
+            q.shape[2],
+            k.shape[2],
+            seed,
+            offset,
+            torch.zeros(()),
+        )
+
+    def backward(
+        self,
+        grad,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        seed,
+        offset,
+        bias,
+        cum_q,
+        cum_k,
+        max_q,
+        max_k,
+        dropout,
+        is_causal,
+    ):
+        assert (
+            bias is None
+            and is_causal
+            and dropout == 0
+            and (max_q, max_k) == (q.shape[2], k.shape[2])
+        )
+        group, scale = q.shape[1] // k.shape[1], q.shape[-1] ** -0.5
+        keys, values = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+        weights = (q @ keys.mT * scale - lse).exp().tril()  # (B, H, S, S)
+        dscores = weights * (grad @ values.mT - (grad * out).sum(-1, keepdim=True)) * scale
+        dk, dv = (x.unflatten(1, (-1, group)).sum(2) for x in (dscores.mT @ q, weights.mT @ grad))
+        return dscores @ keys, dk, dv
+
+
+@pytest.fixture
+def plain_cudnn(monkeypatch):
+    op = PlainCudnn()
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention", op.forward)
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention_backward", op.backward)
+    return op
+
+
+def test_cudnn_sink_attention(plain_cudnn):
+    """Given a logsumexp that includes the sink, a backward without sinks gives exact gradients."""
+    inputs, grad = attention_inputs()
+    expected, actual = dense_attention(*inputs), fast.CudnnSinkAttention.apply(*inputs)
+    assert relative(actual, expected) <= 1e-6
+    wanted = dict(zip(["q", "k", "v", "sinks"], torch.autograd.grad(expected, inputs, grad)))
+    assert_all_close(
+        dict(zip(["q", "k", "v", "sinks"], torch.autograd.grad(actual, inputs, grad))), wanted, 1e-6
+    )
+
+
+@pytest.mark.parametrize("most, calls", [(math.inf, 1), (8 * 2 * 6 * 23 * 4 / 2, 3), (1, 3)])
+def test_cudnn_attention_in_groups_of_heads(most, calls, plain_cudnn, monkeypatch):
+    """Of 3 key-value heads, which 2 does not divide: the gradients of one call, in its layout."""
+    monkeypatch.setattr(fast, "ATTENTION_BYTES", most)
+    sizes, backward = [], plain_cudnn.backward
+    run = "_scaled_dot_product_cudnn_attention_backward"
+    monkeypatch.setattr(torch.ops.aten, run, lambda *x: sizes.append(x[1].numel()) or backward(*x))
+    inputs, grad = attention_inputs()
+    expected = torch.autograd.grad(dense_attention(*inputs), inputs, grad)
+    actual = torch.autograd.grad(fast.CudnnSinkAttention.apply(*inputs), inputs, grad)
+    assert len(sizes) == calls and (8 * max(sizes) <= most or most == 1)
+    names = "q", "k", "v", "sinks"
+    assert_all_close(dict(zip(names, actual)), dict(zip(names, expected)), 1e-6)
+    assert calls == 1 or all(dx.is_contiguous() for dx in actual)
+
+
+@pytest.mark.parametrize("recompute, runs", [("none", 1), ("attention", 1), ("all", 2)])
+def test_kept_attention(recompute, runs, plain_cudnn, monkeypatch):
+    """recompute="attention" runs a full layer's attention once and gives the same gradients."""
+    config = tiny_config(num_hidden_layers=4)
+    twin = noise_(GPTOSS(config))
+    tokens, targets = batch(config, 2, 21)
+    twin(tokens, targets).backward()
+
+    def choose(S, window, *rest):
+        return (
+            fast.CudnnSinkAttention.apply if window is None else choose_attention(S, window, *rest)
+        )
+
+    choose_attention = model_module.choose_attention
+    monkeypatch.setattr(model_module, "choose_attention", choose)
+    model = noise_(GPTOSS(config, recompute))
+    model(tokens, targets).backward()
+    assert plain_cudnn.forwards == 2 * runs  # two full layers
+    assert_all_close(gradients(model), gradients(twin), 1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.slow
+def test_flex_attention_stays_below_the_recompile_limit():
+    """FlexAttention compiled as on a GPU, but for the backend, in a session of calls that all
+    differ: the recompile limit, an error with fullgraph, is not reached, and compilation ends."""
+    torch._dynamo.reset()
+    attention = torch.compile(
+        model_module.flex_sink_attention.__wrapped__, fullgraph=True, backend="aot_eager"
+    )
+    stats = torch._dynamo.utils.counters["stats"]
+
+    def session(lengths):
+        for dtype, B, S, window in itertools.product(
+            (torch.float32, torch.bfloat16), (1, 2, 3), lengths, (16, None)
+        ):
+            q, k, v = (torch.randn(B, S, heads, 16, dtype=dtype) for heads in (4, 2, 2))
+            out = attention(q, k, v, torch.zeros(4), block_mask(S, window, None, q.device))
+            assert relative(out, dense_attention(q, k, v, torch.zeros(4), window)) < (
+                1e-6 if dtype == torch.float32 else 1e-2
+            )
+        return stats["unique_graphs"]
+
+    before = stats["unique_graphs"]
+    compiled = session([130, 200, 70, 300, 31])
+    assert compiled - before > 8
+    assert session([150, 257, 90, 511]) == compiled
+
+
+def true_mask(S, window, documents):
+    distance = torch.arange(S)[:, None] - torch.arange(S)
+    mask = (distance >= 0) & (distance < (window or S))
+    return (
+        mask[None] if documents is None else mask & (documents[:, :, None] == documents[:, None])
+    )  # (B, S, S)
+
+
+def listed_blocks(mask):
+    """(masked, fully visible) blocks: two (B, blocks, blocks) masks from a BlockMask's lists."""
+    dense = []
+    for counts, numbers in (
+        (mask.kv_num_blocks, mask.kv_indices),
+        (mask.full_kv_num_blocks, mask.full_kv_indices),
+    ):
+        listed = (
+            torch.arange(numbers.shape[-1]) < counts[..., None]
+        )  # the first `count` numbers of a row
+        times = torch.zeros(numbers.shape, dtype=torch.int64).scatter_add_(
+            -1, numbers.long(), listed.long()
+        )
+        assert times.max() <= 1  # none is listed twice
+        dense.append(times[:, 0].bool())
+    return dense
+
+
+DOCUMENTS = {
+    "none": None,
+    "in order": lambda S, g: torch.sort(torch.randint(4, (2, S), generator=g)).values,
+    "in reverse": lambda S, g: (
+        torch.sort(torch.randint(4, (2, S), generator=g), descending=True).values
+    ),
+    "in no order": lambda S, g: torch.stack(
+        [packed([S // 3, S - S // 3 - S // 4, S // 4], [x, 9, 1]) for x in (40, -3)]
+    ),
+    "interleaved, int32": lambda S, g: torch.randint(3, (2, S), generator=g).int(),
+}
+
+
+@pytest.mark.parametrize("documents", DOCUMENTS)
+@pytest.mark.parametrize(
+    "S, block", [(1, 16), (31, 16), (64, 16), (101, 16), (128, 128), (300, 128)]
+)
+def test_block_mask(S, block, documents):
+    """The lists and the mask function together are the mask. Unless document numbers go up and
+    down, no block is visited or masked needlessly, and torch's own block mask, made from all
+    S x S scores, has the same lists."""
+    exact = documents in ("none", "in order", "in reverse")
+    documents = DOCUMENTS[documents] and DOCUMENTS[documents](S, torch.Generator().manual_seed(S))
+    B, blocks = 1 if documents is None else 2, math.ceil(S / block)
+    for window in (
+        None,
+        1,
+        block - 1,
+        block,
+        block + 1,
+        2 * block - 1,
+        2 * block,
+        2 * block + 1,
+        10 * S,
+    ):
+        mask = block_mask(S, window, documents, torch.device("cpu"), block)
+        assert (mask.seq_lengths, mask.BLOCK_SIZE) == ((S, S), (block, block))
+        partial, whole = listed_blocks(mask)
+        truth = true_mask(S, window, documents)
+        scores = create_mask(mask.mask_mod, B, 1, S, S, device="cpu")[:, 0]
+        wide = [
+            pairs.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, :S, :S]
+            for pairs in (partial, whole)
+        ]
+        assert not (partial & whole).any()
+        assert torch.equal((wide[0] & scores) | wide[1], truth)
+        padded = (
+            F.pad(truth, (0, blocks * block - S) * 2)
+            .unflatten(2, (blocks, block))
+            .unflatten(1, (blocks, block))
+        )
+        if exact:
+            assert torch.equal(partial | whole, padded.any(4).any(2))
+            assert torch.equal(whole, padded.all(4).all(2))
+        if exact and window in (None, block + 1):
+            theirs = listed_blocks(
+                create_block_mask(mask.mask_mod, B, None, S, S, "cpu", BLOCK_SIZE=block)
+            )
+            assert torch.equal(partial, theirs[0]) and torch.equal(whole, theirs[1])
