@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import torch
 
-import fast as switch
+import fast
 import lora
 from chat import render_bytes, render_harmony
 from generate import Decoder, cache_bytes, check_request, room_for
@@ -326,7 +326,7 @@ def main():
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
-        with nullcontext() if options.pop("fast") == "true" else switch.plain():
+        with nullcontext() if options.pop("fast") == "true" else fast.plain():
             write(**options)
             sys.stdout.flush()
     except KeyboardInterrupt:

@@ -255,6 +255,10 @@ def hugging_face_gradients(theirs):
 # --------------------------------------------------------------------------------------------------
 # Ranks
 
+# What the server of forked processes imports, so that each of them starts in no time. The first use
+# of the server decides. What is not installed is done without.
+PRELOADED = ["train", "pytest", "matplotlib.backends.backend_agg"]
+
 
 def run_ranks(n, function, *arguments, backend="gloo", timeout=200):
     """[what function(*arguments) returned on rank 0, on rank 1, …], each rank a process of its own
@@ -263,8 +267,7 @@ def run_ranks(n, function, *arguments, backend="gloo", timeout=200):
     RuntimeError with the traceback of the first rank that failed, TimeoutError after `timeout`
     seconds; no rank survives either. The processes are forked from a server that has imported what
     takes long, so that only the first start is slow."""
-    # found in the working directory, or done without
-    multiprocessing.set_forkserver_preload(["model", "pytest"])
+    multiprocessing.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
         ranks = start_processes(
             _one_rank,

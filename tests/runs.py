@@ -1,4 +1,5 @@
-"""Tiny runs of train.py for the tests and for soak.py, on ranks that start in no time.
+"""Tiny runs of train.py for the tests and for soak.py, and other commands, in processes that start
+in no time.
 
 A run's ranks are forked from a server that has imported train.py. They are looked after as torchrun
 looks after them: the same environment variables, the same store that outlives them, and when one
@@ -6,6 +7,7 @@ fails the others are told to end, then made to.
 """
 
 import contextlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -13,15 +15,17 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
+from collections import namedtuple
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
 
-# What a rank finds imported; what is not installed is done without. A run draws a plot at its end.
-PRELOADED = ["train", "pytest", "matplotlib.backends.backend_agg"]
+from common import PRELOADED
+from conftest import ROOT
 
 # for processes that are started by hand
 NO_GPU = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -137,6 +141,35 @@ def _rank(home, output, variables, arguments, prepare):
     if prepare:
         prepare(variables["RANK"])
     train.main()
+
+
+def command(program, *arguments, input=b""):
+    """What `python program.py arguments` does, from the repository's folder: its exit code, and the
+    bytes it writes to stdout and to stderr. `input`: its stdin."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with tempfile.TemporaryDirectory() as folder:
+        streams = [Path(folder) / name for name in ("stdin", "stdout", "stderr")]
+        streams[0].write_bytes(input)
+        line = [str(argument) for argument in arguments]
+        task = context.Process(target=_program, args=(streams, program, line), daemon=True)
+        task.start()
+        task.join(120)
+        task.kill()
+        return Done(task.exitcode, *(path.read_bytes() for path in streams[1:]))
+
+
+Done = namedtuple("Done", "returncode stdout stderr")
+
+
+def _program(streams, program, arguments):
+    os.chdir(ROOT)
+    os.environ |= NO_GPU
+    for number, path in enumerate(streams):
+        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
+    sys.stdin = open(0, closefd=False)  # multiprocessing has closed it  # noqa: SIM115
+    sys.argv = [f"{program}.py", *arguments]
+    importlib.import_module(program).main()
 
 
 def train(home, *arguments, ranks=1, prepare=None):

@@ -24,6 +24,7 @@ from generate import generate
 from lora import adapt, save_adapters
 from lora import identity as base_identity
 from model import GPTOSS
+from runs import command
 from sample import chat_prompt, drawable, locate, write
 from snapshots import find_state, load_state
 from text.tokenizer import ByteTokenizer, get_tokenizer
@@ -95,24 +96,20 @@ def greedy(model, prompt, n, tokenizer=BYTES):
     return tokenizer.decode([token for token in answer.tokens if token not in tokenizer.stop])
 
 
-def command(*arguments, **options):
-    line = [sys.executable, "sample.py", *map(str, arguments), "--device=cpu"]
-    return subprocess.run(line, cwd=ROOT, capture_output=True, **options)
-
-
 # --------------------------------------------------------------------------------------------------
 # Which model
 
 
 def test_command_on_a_run(folders):
-    run = command(folders / "runs/fake", "naïve", "--max_tokens=9", "--temperature=0")
+    fake = folders / "runs/fake"
+    run = command("sample", fake, "naïve", "--max_tokens=9", "--temperature=0", "--device=cpu")
     assert run.returncode == 0, run.stderr
     model = GPTOSS.from_checkpoint(folders / "converted")
     said = greedy(model, BYTES.encode("naïve"), 9)
     assert run.stdout.decode() == f"naïve{said}\n"
     assert b"prompt of 6 tokens, answer of" in run.stderr and b"tok/s" in run.stderr
-    options = "--max_tokens=9", "--temperature=0", "--fast=false"
-    plain = command(folders / "runs/fake", *options, "naïve")
+    options = "--max_tokens=9", "--temperature=0", "--fast=false", "--device=cpu"
+    plain = command("sample", fake, *options, "naïve")
     assert plain.stdout == run.stdout and b"switched off" in plain.stderr
 
 
@@ -214,16 +211,18 @@ def test_an_answer_may_be_empty(folders, capsys, monkeypatch):
 
 
 def test_an_ascii_terminal_and_a_closed_pipe(folders):
-    options = "--max_tokens=60", "--temperature=2"
+    """In processes of their own."""
+    options = "--max_tokens=60", "--temperature=2", "--device=cpu"
+    line = [sys.executable, "sample.py", folders / "runs/fake", "naïve", *options]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    run = command(folders / "runs/fake", "naïve", *options, env=environment)
-    assert run.returncode == 0 and run.stdout.startswith(b"na?ve"), run.stderr
-    line = [sys.executable, "sample.py", folders / "runs/fake", "naïve", *options, "--device=cpu"]
     reader, writer = os.pipe()
     os.close(reader)
-    closed = subprocess.run(line, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE)
+    closed = subprocess.Popen(line, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
-    assert closed.returncode == 0 and b"sample.py:" not in closed.stderr
+    ascii = subprocess.run(line, cwd=ROOT, capture_output=True, env=environment)
+    assert ascii.returncode == 0 and ascii.stdout.startswith(b"na?ve"), ascii.stderr
+    said = closed.communicate()[1]
+    assert closed.returncode == 0 and b"sample.py:" not in said
 
 
 # --------------------------------------------------------------------------------------------------
@@ -336,8 +335,8 @@ def test_a_chat(folders, capsys, monkeypatch):
 
 def test_a_chat_over_a_pipe(folders):
     """Real answers, one process, a line of speed for each."""
-    options = "--max_tokens=8", "--temperature=0"
-    run = command(folders / "runs/fake", *options, input=b"Hi\nHo\n")
+    options = "--max_tokens=8", "--temperature=0", "--device=cpu"
+    run = command("sample", folders / "runs/fake", *options, input=b"Hi\nHo\n")
     assert run.returncode == 0, run.stderr
     model = GPTOSS.from_checkpoint(folders / "converted")
     prompt = chat_prompt([{"role": "user", "content": "Hi"}], BYTES)
@@ -389,9 +388,9 @@ def test_a_chat_with_one_message(folders, capsys):
 
 
 def test_command_says_what_is_wrong():
-    failed = command("absent", "Hi", "--no-chat", text=True)
-    assert failed.returncode == 1 and not failed.stdout and "Traceback" not in failed.stderr
-    assert failed.stderr.startswith("sample.py: absent: no such folder. convert_hf.py")
+    failed = command("sample", "absent", "Hi", "--no-chat")
+    assert failed.returncode == 1 and not failed.stdout and b"Traceback" not in failed.stderr
+    assert failed.stderr.startswith(b"sample.py: absent: no such folder. convert_hf.py")
 
 
 @pytest.mark.parametrize(
