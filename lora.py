@@ -68,11 +68,12 @@ class LowRankRouter(Router):
 # Each name that a target can have: where it is in a block, and what replaces it
 LINEAR = {"qkv": "attention.qkv", "out": "attention.out", "router": "mlp.router"}
 GROUPS = {"attention": ("qkv", "out"), "experts": MATRICES, "all": (*LINEAR, *MATRICES)}
+WHOLE = "embedding", "unembedding"  # as targets they have no adapters: they are trained themselves
 
 
 def expand(targets):
     """("qkv", "out", "router") from "attention,router". ValueError for an unknown target."""
-    known = {**{name: (name,) for name in (*LINEAR, *MATRICES)}, **GROUPS}
+    known = {**{name: (name,) for name in (*LINEAR, *MATRICES, *WHOLE)}, **GROUPS}
     names = [name.strip() for name in targets.split(",")]
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"lora_targets={targets!r}: {unknown[0]!r} is none of {', '.join(known)}")
@@ -98,13 +99,18 @@ def expand_layers(layers, number):
 def adapt(model, rank=16, alpha=32.0, targets="attention", layers="", dtype=None, seed=0):
     """Freeze the model and attach adapters of this rank, in `dtype` or that of the layer, to the
     targets (names in GROUPS, LINEAR and MATRICES, separated by commas) in `layers` ("0-3,12"; "":
-    all). Adapters on the meta device are not initialised. ValueError for what does not exist or a
-    rank that no matrix has."""
+    all). Targets in WHOLE are trained themselves, in `dtype`. Adapters on the meta device are not
+    initialised. ValueError for what does not exist or a rank that no matrix has."""
     model.requires_grad_(False)
-    for layer in expand_layers(layers, len(model.blocks)):
-        block = model.blocks[layer]
-        for target in expand(targets):
-            attach(block, target, rank, alpha / rank if rank else 0, dtype)
+    targets, layers = expand(targets), expand_layers(layers, len(model.blocks))
+    for target in WHOLE:
+        if target in targets:
+            module = model.get_submodule(target)
+            module.weight = nn.Parameter(module.weight.detach().to(dtype or module.weight.dtype))
+    for block in map(model.blocks.__getitem__, layers):
+        for target in targets:
+            if target not in WHOLE:
+                attach(block, target, rank, alpha / rank if rank else 0, dtype)
     if not model.embedding.weight.is_meta:
         init_adapters(model, seed)
     return model
@@ -135,18 +141,25 @@ def attach(block, target, rank, scale, dtype):
 
 
 def embed_on_host(model):
-    """Move the frozen embedding, of a model in memory, to the host's."""
-    model.embedding.__class__ = HostEmbedding
-    model.embedding.to("cpu")
+    """Move the embedding of a model in memory to the host's, if it is frozen."""
+    if not model.embedding.weight.requires_grad:
+        model.embedding.__class__ = HostEmbedding
+        model.embedding.to("cpu")
 
 
 def adapters(model):
-    """{name: parameter} of the adapters."""
-    return {name: p for name, p in model.named_parameters() if is_adapter(name)}
+    """{name: parameter} of what is trained: adapters, and targets in WHOLE."""
+    return {name: p for name, p in model.named_parameters() if is_adapter(name) or p.requires_grad}
 
 
 def base(model):
-    """{name: parameter} of everything else."""
+    """{name: parameter} of what is frozen."""
+    trained = adapters(model)
+    return {name: p for name, p in model.named_parameters() if name not in trained}
+
+
+def original(model):
+    """{name: parameter} of what the base's folder holds: all but adapters."""
     return {name: p for name, p in model.named_parameters() if not is_adapter(name)}
 
 
@@ -161,6 +174,7 @@ def init_adapters(model, seed=0):
     for number, (name, parameter) in enumerate(adapters(model).items()):
         if name.endswith("lora_b"):
             nn.init.zeros_(parameter)
+        if not name.endswith("lora_a"):
             continue
         generator = torch.Generator(parameter.device).manual_seed(seed * 100003 + number)
         whole = torch.empty(parameter.shape, device=parameter.device)
@@ -318,13 +332,13 @@ def adapt_as(options, model, dtype):
 
 @torch.no_grad()
 def load_base(model, folder, seed):
-    """Fill a model's base from a checkpoint folder, or without one at random, and start new
+    """Fill a model with its base from a checkpoint folder, or without one at random, and start new
     adapters."""
     if folder:
         fill_base(model, folder)
     else:
         model.init_weights(seed)
-        for name, p in base(model).items():
+        for name, p in original(model).items():
             local = p.to_local() if isinstance(p, DTensor) else p
             if name.endswith("_blocks"):
                 local.view(torch.uint8).random_(256)
@@ -337,7 +351,7 @@ def load_base(model, folder, seed):
 def fill_base(model, folder):
     """weights.load_weights of everything but the adapters."""
     disable = None if first_rank() else True  # None: shown on a terminal only
-    places, wanted = open_base(model, folder), base(model)
+    places, wanted = open_base(model, folder), original(model)
     for name, parameter in tqdm(wanted.items(), f"loading {folder}", disable=disable):
         copy_rows(parameter, places[name])
 
@@ -345,7 +359,7 @@ def fill_base(model, folder):
 def open_base(model, folder):
     """weights.open_weights of everything but the adapters, whatever dtype carries what is
     packed."""
-    config, wanted, shapes = model.config, base(model), {}
+    config, wanted, shapes = model.config, original(model), {}
     E, C, F = config.num_experts, config.hidden_size, config.intermediate_size
     sizes = {"gate_up": (E, 2 * F, C), "down": (E, C, F)}
     for name, parameter in wanted.items():
@@ -382,6 +396,24 @@ def identity_of(options):
         return {}
     return {f"lora_{name}" if name in SETTINGS else name: value
             for name, value in settings_of(options).items() if name != "base"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Retyped:
+    """What `place` shows, in the dtype that the base has it in."""
+
+    place: object
+    dtype: torch.dtype
+
+    @property
+    def shape(self):
+        return self.place.shape
+
+    def entry_bytes(self):
+        return self.place.entry_bytes()
+
+    def __getitem__(self, entries):
+        return self.place[entries].to(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -425,7 +457,9 @@ def places(folder):
 def merged(folder, settings, stored):
     """`places` of the base with the adapters in `folder`, {name: Place}, merged into it."""
     found, problems = places(settings["base"])
-    factors = {name: wide(place[:]) for name, place in stored.items()}
+    for name in stored.keys() & found.keys():  # trained themselves
+        found[name] = Retyped(stored[name], found[name].dtype)
+    factors = {name: wide(place[:]) for name, place in stored.items() if is_adapter(name)}
     for name in [name.removesuffix("lora_a") for name in factors if name.endswith("lora_a")]:
         weight = f"{name}weight"  # of "….qkv." or "….gate_up_"
         if weight not in found:
@@ -442,6 +476,7 @@ PEFT_MODULES = {  # ours: theirs, and whether it is a module or a bare parameter
     "attention.qkv.": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "attention.out.": ("self_attn.o_proj",),
 }
+PEFT_WHOLE = {"embedding.weight": "embed_tokens", "unembedding.weight": "lm_head"}
 PEFT_PARAMETERS = {
     "mlp.router.": ("mlp.router", "weight"),
     "mlp.gate_up_": ("mlp.experts", "gate_up_proj"),
@@ -492,6 +527,9 @@ def write_peft(folder, out):
             prefix = f"base_model.model.model.{place}{module}.{'base_layer.' if both else ''}"
             for letter, factor in zip("AB", pair):
                 tensors[f"{prefix}lora_{letter}.weight"] = factor.contiguous().clone()
+    for name in PEFT_WHOLE.keys() & opened.keys():
+        place = "model." * (name == "embedding.weight") + PEFT_WHOLE[name]
+        tensors[f"base_model.model.{place}.weight"] = opened[name][:].clone()
     given = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -502,6 +540,8 @@ def write_peft(folder, out):
         "bias": "none",
         "target_modules": sorted(modules),
         "target_parameters": sorted(parameters) or None,
+        "modules_to_save": sorted(PEFT_WHOLE[name] for name in PEFT_WHOLE.keys() & opened.keys())
+        or None,
     }
     with Aside(out) as aside:
         (aside / "adapter_model.safetensors").write_bytes(safetensors.torch.save(tensors))

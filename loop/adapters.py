@@ -24,11 +24,13 @@ def facts(options, config, gpu_gib):
         model = GPTOSS(config).bfloat16()
     lora.adapt_as(options, model, None)
     frozen, names = lora.base(model).values(), lora.adapters(model)
+    ends = [name for name in names if not lora.is_adapter(name)]
     on_experts = any(name.endswith(("gate_up_lora_a", "down_lora_a")) for name in names)
     written = config.num_experts * config.hidden_size * config.intermediate_size
     written *= options.frozen == "mxfp4" or on_experts
     tile, _, workspace = tile_sizes(gpu_gib or math.inf)
     return {
+        "ends": ends,  # embedding and unembedding, if they are trained themselves
         "trained": sum(p.numel() for p in lora.adapters(model).values()),
         "frozen": sum(p.numel() * p.element_size() for p in frozen),
         "written": written > 0,  # experts, anew each time a block runs
@@ -61,13 +63,17 @@ def estimate(
     heads = config.num_attention_heads * config.head_dim
     qkv = heads + 2 * max(config.num_key_value_heads, sp) * config.head_dim
     tokens, embedding = micro_batch * seq_len // sp, 2 * V * C
-    on_host = embedding if offload and not adapters["shared"] else 0
+    ends = adapters["ends"]
+    frozen_embedding = "embedding.weight" not in ends
+    on_host = embedding if offload and not adapters["shared"] and frozen_embedding else 0
     held, gathered = adapters["frozen"] - on_host, 0
     if adapters["shared"]:  # in whole: this block, the next one, and the ends
-        gathered = 2 * (adapters["frozen"] - 2 * embedding) // L + 2 * embedding
+        of_ends = (2 - len(ends)) * embedding
+        gathered = 2 * (adapters["frozen"] - of_ends) // L + of_ends
         held //= ranks
     trained = sum(BYTES[optimizer]) * adapters["trained"] // ranks
-    gathered += 2 * adapters["trained"] // L * 2
+    gathered += 2 * (adapters["trained"] - len(ends) * V * C) // L * 2
+    gathered += 2 * len(ends) * embedding  # with their gradients
 
     given, gates = 2 * tokens * C, 2 * tokens * k * 2 * F
     whole = L if recompute == "none" else min(keep_blocks, L)  # blocks that recompute nothing
@@ -106,7 +112,8 @@ def estimate(
         replayed = 0 if whole_block else inside(i) - stored[i]
         return sum(kept[: i + 1]), replayed + max(of_experts, of_attention) + fetched
 
-    at_loss = sum(kept), LOSS_TOKENS * V * 2 + 2 * given
+    summed = 4 * V * C * ("unembedding.weight" in ends)  # its gradient, in fp32
+    at_loss = sum(kept), LOSS_TOKENS * V * 2 + 2 * given + summed
     activations, working = max((at_loss, *map(backward, range(L))), key=sum)
     return {
         "frozen weights": held,

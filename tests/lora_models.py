@@ -15,6 +15,7 @@ from weights import save_weights
 
 SIZES = {"hidden_size": 64, "intermediate_size": 32}
 CONFIG = tiny_config(**SIZES)
+EVERYTHING = "all,embedding,unembedding"
 
 
 def random_packed(E, outputs, inputs, seed):
@@ -73,7 +74,7 @@ def step(model, tokens=None):
 
 def model_without_adapters(model):
     plain = packed_model(model.config, model.embedding.weight.dtype)
-    plain.load_state_dict(lora.base(model))
+    plain.load_state_dict(lora.original(model))
     return plain
 
 
@@ -86,7 +87,7 @@ def write_base(folder, packed=False, seed=0):
     return folder
 
 
-def write_adapters(folder, base, targets="all", layers=""):
+def write_adapters(folder, base, targets=EVERYTHING, layers=""):
     """Adapters on the checkpoint folder `base`. Returns the model that has them."""
     model = lora.from_checkpoint(base, dtype=torch.float32)
     settings = {"rank": 3, "alpha": 6.0, "targets": targets, "layers": layers}

@@ -16,6 +16,7 @@ from loop import memory
 from lora import adapt
 from lora_models import (
     CONFIG,
+    EVERYTHING,
     model_without_adapters,
     noisy_adapters,
     packed_model,
@@ -39,6 +40,7 @@ def merged_gradients(model, tokens):
     factors = {
         name: p.detach().double().requires_grad_() for name, p in lora.adapters(model).items()
     }
+    state |= {name: p for name, p in factors.items() if not lora.is_adapter(name)}
     for name in [name.removesuffix("lora_a") for name in factors if name.endswith("lora_a")]:
         a, b = factors[f"{name}lora_a"], factors[f"{name}lora_b"]
         state[f"{name}weight"] = state[f"{name}weight"] + 2 * (b @ a if a.dim() == 2 else a @ b)
@@ -49,7 +51,7 @@ def merged_gradients(model, tokens):
 
 
 @pytest.mark.parametrize("recompute", ["none", "attention", "all"])
-@pytest.mark.parametrize("targets", [*TARGETS, "all"])
+@pytest.mark.parametrize("targets", [*TARGETS, "embedding", "unembedding,out", EVERYTHING])
 def test_gradients_are_those_through_merged_weights(targets, recompute):
     model = adapt(noise_(GPTOSS(CONFIG, recompute)), 3, 6.0, targets)
     tokens = batch(CONFIG, 2, 29)
@@ -128,7 +130,11 @@ def test_an_embedding_on_the_host_is_the_same():
     model = noisy_adapters(adapt(noise_(GPTOSS(CONFIG)), 3, 6.0))
     expected = step(model)
     lora.embed_on_host(model)
+    assert isinstance(model.embedding, lora.HostEmbedding)
     assert_all_close(step(model), expected, 0)
+    trained = adapt(noise_(GPTOSS(CONFIG)), 3, 6.0, "embedding")
+    lora.embed_on_host(trained)
+    assert not isinstance(trained.embedding, lora.HostEmbedding)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from common import batch, hugging_face_config, noise_, relative
 from convert_hf import HUGGING_FACE, counterparts
 from lora_models import (
     CONFIG,
+    EVERYTHING,
     model_without_adapters,
     step,
     unpacked_twin,
@@ -89,7 +90,7 @@ def test_merged_places(tmp_path, packed):
     assert not problems and places.keys() == dict(plain.named_parameters()).keys()
     for name, p in plain.float().named_parameters():
         place, stem = places[name], name.removesuffix("weight")
-        expected = p.detach()
+        expected = lora.adapters(model).get(name, p).detach()
         if f"{stem}lora_a" in lora.adapters(model):
             a, b = (lora.adapters(model)[f"{stem}lora_{x}"].detach() for x in "ab")
             expected = expected + 2 * (b @ a if a.dim() == 2 else a @ b)
@@ -132,7 +133,8 @@ def transformers_twin(base):
 
 
 @pytest.mark.parametrize(
-    "targets, layers", [("attention", ""), ("all", ""), ("down,router", "1"), ("all", "0,2")]
+    "targets, layers",
+    [("attention", ""), (EVERYTHING, ""), ("down,router,unembedding", "1"), ("all", "0,2")],
 )
 def test_peft_loads_adapters(tmp_path, targets, layers):
     """On transformers' model, with our logits."""

@@ -17,7 +17,7 @@ from conftest import ROOT
 from loop.checks import check_run
 from loop.options import Options, parse
 from loop.plan import dry_run, needs, peak, settings_of, verdict
-from lora_models import noisy_adapters, packed_model, step
+from lora_models import EVERYTHING, noisy_adapters, packed_model, step
 from model import GPTOSS, IGNORED, GPTOSSConfig
 from runs import Run, losses, make_home, train
 from train import build_model, build_optimizer
@@ -33,7 +33,7 @@ SIZES = tiny_config(
     num_key_value_heads=4,
     max_position_embeddings=64,
 )
-LORA = ["--checkpoint=base", "--lora_rank=3", "--lora_targets=all", "--frozen=mxfp4"]
+LORA = ["--checkpoint=base", "--lora_rank=3", f"--lora_targets={EVERYTHING}", "--frozen=mxfp4"]
 SIX_STEPS = ["adapters.py", *LORA, "--steps=6", "--save_every=3", "--lr=1e-2"]
 
 
@@ -76,13 +76,13 @@ def on_ranks(cases, folder):
             batch_size=ranks,
             checkpoint=folder,
             lora_rank=3,
-            lora_targets="all",
+            lora_targets=EVERYTHING,
             **told,
         )
         sp.init(None)
         alone = lora.from_checkpoint(folder, dtype=torch.float32)
         noisy_adapters(
-            lora.adapt(alone, 3, 32.0, "all", told.get("lora_layers", ""), torch.float32)
+            lora.adapt(alone, 3, 32.0, EVERYTHING, told.get("lora_layers", ""), torch.float32)
         )
         expected = step(alone, (tokens, targets, documents))
         shape = ranks // options.sp, options.sp
@@ -147,11 +147,14 @@ def test_a_run_of_adapters(home, whole, monkeypatch):
     """Only adapters change, are saved beside the name of their base, and are what an optimizer and
     a state hold; a run that goes on on another number of ranks makes the same."""
     monkeypatch.chdir(home)
-    assert "adapters of rank 3 on all, frozen weights 0.0 GiB on each rank, experts packed" in whole
+    said = (
+        f"adapters of rank 3 on {EVERYTHING}, frozen weights 0.0 GiB on each rank, experts packed"
+    )
+    assert said in whole
     assert "adapters are in runs/whole/model" in whole
     goes_on_elsewhere(home, "shared", "--sp=2", "--shard_frozen=true")
     trained = adapted(home, "whole")
-    start = lora.adapt(lora.from_checkpoint("base"), 3, 32.0, "all", dtype=torch.float32)
+    start = lora.adapt(lora.from_checkpoint("base"), 3, 32.0, EVERYTHING, dtype=torch.float32)
     start = {name: p.detach() for name, p in lora.adapters(start).items()}
     assert trained.keys() == start.keys()
     assert all(relative(trained[name], start[name]) > 1e-3 for name in trained)
