@@ -347,6 +347,9 @@ def tiles(*tensors):
     return zip(*(x.split(EXPERT_TOKENS) for x in tensors))
 
 
+GROUPED = 9, 10  # compute capabilities with kernels: Hopper, and Blackwell of data centres
+
+
 def capability(device):
     """(major, minor) of a CUDA device, None for another."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
@@ -357,7 +360,7 @@ def grouped_mm(a, b, offs):
     a (R, n), sorted by expert, times b (E, n, m) -> (R, m); or a (n, R) times rows b (R, m) ->
     (E, n, m). offs (E): where each expert's rows end."""
     version = capability(a.device)
-    if version is None or version[0] in (9, 10):  # Hopper and Blackwell's data centre GPUs
+    if version is None or version[0] in GROUPED:
         return F.grouped_mm(a, b, offs=offs)
     say(
         "experts: a matmul for each, slower, because PyTorch's grouped matmuls need compute "

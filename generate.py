@@ -213,7 +213,7 @@ def cache_bytes(config, slots, capacity, dtype):
 
 def capturable(model, slots):
     """Whether a step can be a CUDA graph: nothing in it may wait for the GPU. The experts by
-    definition do, those of frozen.py, and grouped matmuls other than bf16's on Hopper and later."""
+    definition do, those of frozen.py, and grouped matmuls that have no kernel for GPU or dtype."""
     weight, config = model.embedding.weight, model.config
     plain = all(type(block.mlp) is Experts for block in model.blocks)
     if not weight.is_cuda or not plain or not fast.is_on("experts"):
@@ -221,8 +221,8 @@ def capturable(model, slots):
     if slots <= fast.FEW_TOKENS and fast.is_on("expert_products"):
         return True
     aligned = config.hidden_size % 8 == config.intermediate_size % 8 == 0  # as fast.experts wants
-    hopper = torch.cuda.get_device_capability(weight.device) >= (9, 0)
-    return weight.dtype == torch.bfloat16 and aligned and hopper
+    grouped = fast.capability(weight.device)[0] in fast.GROUPED
+    return weight.dtype == torch.bfloat16 and aligned and grouped
 
 
 class Decoder:
