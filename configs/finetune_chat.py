@@ -7,7 +7,8 @@ python data.py data/chat.jsonl --out data/chat --tokenizer=bytes
 torchrun --nproc_per_node 2 train.py configs/finetune_chat.py
 python sample.py runs/finetune_chat "Which keyword goes through a list?" --chat --temperature=0
 
-Five chats are held back, to ask afterwards. The real model is fine-tuned by the same commands, with
+Five chats are held back, in data/chat-val.jsonl, to ask afterwards; encoded as data/chat-val they
+are what --eval_every=60 evaluates. The real model is fine-tuned by the same commands, with
 checkpoint = "checkpoints/gpt-oss-20b" from convert_hf.py and data.py's default tokenizer.
 """
 
@@ -64,11 +65,11 @@ if __name__ == "__main__":  # python configs/finetune_chat.py FILE
         raise SystemExit("name the file to write: python configs/finetune_chat.py data/chat.jsonl")
     path = Path(sys.argv[1])
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
+    with open(path, "w") as file, open(path.with_stem(f"{path.stem}-val"), "w") as held_back:
         for number, (question, answer) in enumerate(_chats()):
-            if number % 11 != 5:  # the others are held back
-                messages = [
-                    {"role": "user", "content": question},
-                    {"role": "assistant", "content": answer},
-                ]
-                file.write(json.dumps({"messages": messages}) + "\n")
+            messages = [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": answer},
+            ]
+            where = held_back if number % 11 == 5 else file
+            where.write(json.dumps({"messages": messages}) + "\n")
