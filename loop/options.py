@@ -57,7 +57,7 @@ class Options(GPTOSSConfig):
     lora_alpha: float = option(32.0, "what adapters add is multiplied by alpha / rank")
     lora_targets: str = option(
         "attention",
-        "attention (or qkv, out), experts (gate_up, down), router, all; (un)embedding: themselves",
+        "attention (qkv, out), experts (gate_up, down), router, all, (un)embedding",
     )
     lora_layers: str = option("", "layers that have adapters, as in 0-3,12; empty: all")
     frozen: str = option("bf16", "experts under adapters: bf16, or mxfp4, packed as released")

@@ -4,13 +4,18 @@ import dataclasses
 import json
 import math
 import re
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+import data
 import lora
+import sample
 import sp
 from common import assert_all_close, batch, noise_, relative, run_ranks, tiny_config
 from conftest import ROOT
@@ -19,7 +24,7 @@ from loop.options import Options, parse
 from loop.plan import dry_run, needs, peak, settings_of, verdict
 from lora_models import EVERYTHING, noisy_adapters, packed_model, step
 from model import GPTOSS, IGNORED, GPTOSSConfig
-from runs import Run, losses, make_home, train
+from runs import Run, held_out, losses, make_home, train
 from train import build_model, build_optimizer
 from weights import save_weights
 
@@ -225,6 +230,30 @@ def test_bad_input_is_one_line(home):
     assert run.wait() == [1] and "Traceback" not in run.text()
     assert len(run.text().splitlines()) == 1 and "lora_rank=33: qkv is a matrix" in run.text()
     assert not (home / "runs" / "bad").exists()
+
+
+@pytest.mark.slow
+def test_adapters_learn_the_answers(tmp_path, monkeypatch, capsys):
+    """configs/tiny_lora.py on the model of configs/tiny.py: chats that were held back, and the
+    keyword asked for in one of them."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "configs", "configs")
+
+    def run(*arguments):
+        assert Run(tmp_path, *arguments, ranks=2).wait(timeout=1800) == [0, 0]
+
+    run("configs/tiny.py", "--eval_every=0", "--sample=")
+    subprocess.run([sys.executable, "configs/finetune_chat.py", "data/chat.jsonl"], check=True)
+    for name in "chat", "chat-val":
+        data.main([f"data/{name}.jsonl", "--out", f"data/{name}", "--tokenizer=bytes"])
+    run("configs/tiny_lora.py", "--eval_every=90")
+    first, last = held_out(tmp_path, "tiny_lora").values()
+    assert last < first and last < 0.1
+    for model, known in ("tiny_lora", True), ("tiny", False):
+        sample.write(
+            f"runs/{model}", "Which keyword goes through a list?", chat=True, temperature=0
+        )
+        assert ("[final] It is for." in capsys.readouterr().out) == known
 
 
 @pytest.mark.slow
