@@ -142,9 +142,11 @@ def skip_without_cudnn():
         pytest.skip(f"cuDNN's attention: {refusal}")
 
 
+@pytest.mark.parametrize("most", [2**33, 1], ids=["all heads", "groups of heads"])
 @pytest.mark.parametrize("S", [300, 1000, 1024])
-def test_cudnn_attention(S):
+def test_cudnn_attention(S, most, monkeypatch):
     skip_without_cudnn()
+    monkeypatch.setattr(fast, "ATTENTION_BYTES", most)
     assert_as_near_as_dense(CudnnSinkAttention.apply, *attention_inputs(S, torch.bfloat16))
 
 
