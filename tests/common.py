@@ -260,7 +260,7 @@ def hugging_face_gradients(theirs):
 PRELOADED = ["train", "pytest", "matplotlib.backends.backend_agg"]
 
 
-def run_ranks(n, function, *arguments, backend="gloo", timeout=200):
+def run_ranks(n, function, *arguments, backend="gloo", timeout=200, start_method="forkserver"):
     """[what function(*arguments) returned on rank 0, on rank 1, …], each rank a process of its own
     on this machine.
 
@@ -274,7 +274,7 @@ def run_ranks(n, function, *arguments, backend="gloo", timeout=200):
             (n, folder, backend, function, arguments),
             n,
             join=False,
-            start_method="forkserver",
+            start_method=start_method,
         )
         deadline = time.monotonic() + timeout
         try:
