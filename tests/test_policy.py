@@ -7,9 +7,12 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.flop_counter import FlopCounterMode
 
 import fast
+import lora
 import sp
 from common import (
     assert_all_close,
@@ -97,6 +100,25 @@ def test_weights_per_token():
         assert relative(model(tokens, targets, weights=ones), model(tokens, targets)) <= 1e-6
 
 
+def test_weights_cost_no_matmul():
+    """The loss takes three through the vocabulary with and without them; logprobs takes four, and
+    with the entropy no more."""
+    model, w = make(), weights()
+    config, (tokens, targets) = model.config, batch(model.config, B, S)
+
+    def flops(call):
+        with FlopCounterMode(display=False) as counter:
+            call().backward()
+        return counter.get_total_flops()
+
+    loss = flops(lambda: model(tokens, targets))
+    assert flops(lambda: model(tokens, targets, weights=w)) == loss
+    one = 2 * B * S * config.vocab_size * config.hidden_size
+    assert flops(lambda: model.logprobs(tokens, targets).sum()) == loss + one
+    pair = flops(lambda: sum(model.logprobs(tokens, targets, entropy=True)).sum())
+    assert pair == loss + one
+
+
 @pytest.mark.parametrize("recompute", ["none", "all"])
 def test_routes(recompute):
     """Given back, the router's own routes change nothing, bitwise; other routes are obeyed, and the
@@ -111,6 +133,9 @@ def test_routes(recompute):
     replayed = model(tokens, targets, routes=routes.to(torch.uint8))  # any integers
     replayed.backward()
     assert all(torch.equal(own[name], grad) for name, grad in gradients(model).items())
+    kept = make()  # nothing recomputed, the same bits
+    kept(tokens, targets, routes=kept.routes(tokens)).backward()
+    assert all(torch.equal(own[name], grad) for name, grad in gradients(kept).items())
     assert torch.equal(
         model.logprobs(tokens, targets, routes=routes), model.logprobs(tokens, targets)
     )
@@ -123,6 +148,35 @@ def test_routes(recompute):
     assert_all_close(gradients(model), gradients(exact), 1e-5)
     assert relative(picked, model.logprobs(tokens, targets)) > 1e-2
     assert gradients(model)["blocks.0.mlp.router.weight"].norm() > 1e-3
+
+
+@pytest.mark.parametrize("recompute", ["none", "all"])
+def test_routes_with_adapters(recompute):
+    """Of every kind, the router's too: they choose other experts than the base, and those are the
+    routes, to the bit. Other routes are obeyed, and reach the adapters' gradients."""
+    base = make(recompute)
+    tokens, targets = batch(base.config, B, S)
+    model = lora.adapt(copy.deepcopy(base), rank=2, alpha=2, targets="all")
+    for number, adapter in enumerate(lora.adapters(model).values()):
+        nn.init.normal_(adapter, 0, 0.3, generator=torch.Generator().manual_seed(number))
+    routes = model.routes(tokens)
+    assert (routes != base.routes(tokens)).any()
+    found = {}
+    for name, given in ("own", None), ("replayed", routes), ("base's", base.routes(tokens)):
+        model.zero_grad()
+        logp = model.logprobs(tokens, targets, routes=given)
+        (logp * weights()).sum().backward()
+        found[name] = {"logp": logp.detach(), **gradients_of(lora.adapters(model))}
+    own, replayed, other = found.values()
+    assert all(torch.equal(own[name], x) for name, x in replayed.items())
+    assert all(relative(other[name], x) > 1e-3 for name, x in own.items())
+    picked, _, exact = by_hand(model, tokens, targets, None, 1.0, base.routes(tokens))
+    (picked * weights()).sum().backward()
+    assert_all_close(other, {"logp": picked, **gradients_of(lora.adapters(exact))}, 1e-5)
+
+
+def gradients_of(parameters):
+    return {name: p.grad for name, p in parameters.items()}
 
 
 def test_the_ratio_is_one_on_policy():
