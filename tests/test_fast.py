@@ -481,7 +481,9 @@ class Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("what", ["loss", "loss without gradient", "logprobs", "entropy", "logits"])
+@pytest.mark.parametrize(
+    "what", ["loss", "weighted loss", "loss without gradient", "logprobs", "entropy", "logits"]
+)
 def test_logits_never_exist_whole(what, monkeypatch):
     monkeypatch.setattr(fast, "LOSS_TOKENS", 32)
     B, S, V, C = 10, 21, 1500, 12
@@ -490,6 +492,8 @@ def test_logits_never_exist_whole(what, monkeypatch):
     with Largest() as largest:
         if what == "loss":
             model(tokens, targets).backward()
+        elif what == "weighted loss":
+            model(tokens, targets, weights=torch.ones(B, S)).backward()
         elif what == "loss without gradient":
             with torch.no_grad():
                 model(tokens, targets)
