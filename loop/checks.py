@@ -23,16 +23,9 @@ from weights import ADAPTERS, INDEX, open_weights
 def check_run(options):
     """(options, with the steps that `epochs` stands for; the model's config; its data; held-out
     data or None) of a run that has what it needs. ValueError or OSError if it has not."""
-    check_launch(options)
-    config = model_config(options)
-    check_ranks(options, config, int(os.environ.get("WORLD_SIZE", 1)))
-    check_new(options)
-    check_folder(options)
+    options, config = check_model(options)
     if options.wandb and not importlib.util.find_spec("wandb"):
         raise ValueError("wandb=True: install it with `pip install wandb`, or leave the option out")
-    if options.checkpoint:
-        options = dataclasses.replace(options, checkpoint=str(find_checkpoint(options)))
-        check_checkpoint(options, config)
     data, held_out = check_data(options, config)
     if options.epochs:
         steps = math.ceil(options.epochs * data.sequences_per_epoch / options.batch_size)
@@ -45,6 +38,20 @@ def check_run(options):
                 f"{config.max_position_embeddings - 1}"
             )
     return options, config, data, held_out
+
+
+def check_model(options):
+    """(options, with the folder of the weights as its checkpoint; the model's config) of a run that
+    has what it needs, its data apart. ValueError or OSError if it has not."""
+    check_launch(options)
+    config = model_config(options)
+    check_ranks(options, config, int(os.environ.get("WORLD_SIZE", 1)))
+    check_new(options)
+    check_folder(options)
+    if options.checkpoint:
+        options = dataclasses.replace(options, checkpoint=str(find_checkpoint(options)))
+        check_checkpoint(options, config)
+    return options, config
 
 
 def check_launch(options):
