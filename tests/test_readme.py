@@ -4,7 +4,7 @@ A new command needs an entry in STAND_INS: what to add to it so that it runs her
 CPU, with a tiny model in the place of the 20b. Commands of the other documents are only parsed."""
 
 import contextlib
-import importlib
+import importlib.util
 import json
 import re
 import shlex
@@ -50,6 +50,9 @@ STAND_INS = {  # a command of the README: what is added to it here; None: it doe
     "python -m bench --against=transformers": "--rows=16 --layers=1",
     "python -m bench --adapters": "--rows=16",
     "python -m bench --generate": "--rows=1x16",
+    # tests/test_examples.py runs it
+    "torchrun --nproc_per_node 2 -m examples.grpo --lora_rank=8 --lora_layers=1-3 "
+    "--lora_targets=attention,experts": None,
     "python train.py --help": "",
     "pytest --slow": None,
 }
@@ -289,6 +292,9 @@ def test_commands_parse(document, monkeypatch):
             continue
         if program == "torchrun":
             words = words[words.index("-m" if "-m" in words else "train.py") :]
+        if words[0] == "-m" and words[1].startswith("examples."):
+            assert importlib.util.find_spec(words[1]), command
+            continue
         if words[0] == "-m":
             assert words[1] == "bench", command
             with pytest.raises(Parsed):
