@@ -375,7 +375,7 @@ def main():
         options = parse(sys.argv[1:], usage=__doc__.split("\n\n")[1])
         with nullcontext() if options.fast else fast.plain():
             if options.dry_run:
-                dry_run(options)
+                dry_run(options, build_optimizer)
             elif options.rehearse:
                 rehearse(options, train)
             else:

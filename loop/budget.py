@@ -145,9 +145,11 @@ def estimate(
     offload,
     keep_blocks=0,
     micro_batches=1,
+    states=None,
 ):
     """Memory of one rank in training, for a computation in bf16: {what for: bytes}, which add up to
     the peak. Counted by hand from model.py, fast.py and FSDP2, for one document per sequence.
+    states: {optimizer: bytes per parameter of its state}, where it is not AdamW's.
 
     The peak is in the loss or in the backward of a block. From the last block to the first, the
     backward frees what the forward kept and makes gradients; in later micro-batches of a step all
@@ -158,7 +160,8 @@ def estimate(
     qkv = heads + 2 * max(config.num_key_value_heads, sp) * config.head_dim
     tokens = micro_batch * seq_len // sp
     block, ends = (parameters - 2 * V * C - C) // L, 2 * V * C  # ends: embedding, unembedding
-    weight, gradient, moments = (size * parameters * replicas // ranks for size in BYTES[optimizer])
+    sizes = (*BYTES[optimizer][:2], (states or {}).get(optimizer, BYTES[optimizer][2]))
+    weight, gradient, moments = (size * parameters * replicas // ranks for size in sizes)
     summed = 2 if adds_in_bf16(ranks, optimizer) else 4  # bytes of a gradient as it is summed
     # FSDP copies sums in fp32 to gradients in bf16 with replicas; else memory.ReduceScatter does
     copied = optimizer != "fp32" and summed == 4 and replicas > 1

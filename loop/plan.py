@@ -21,6 +21,8 @@ from loop.budget import (
     sent_bytes,
 )
 from loop.options import check_ranks, model_config
+from loop.states import fill_state
+from model import GPTOSS
 
 SETTINGS = "sp", "replicas", "seq_len", "micro_batch"
 SETTINGS += "optimizer", "recompute", "keep_blocks", "offload"
@@ -52,6 +54,24 @@ def needs(config, settings):
 def peak(config, settings):
     """Bytes that decide whether a run fits."""
     return sum(needs(config, settings).values())
+
+
+def state_bytes(build_optimizer, options, config):
+    """Bytes that the optimizer of train.py keeps per parameter: those that it keeps for each of a
+    small model's parameters, weighted by the real ones' sizes."""
+    sizes = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "head_dim"), 8)
+    counts = "num_attention_heads", "num_key_value_heads", "num_experts", "experts_per_token"
+    model = GPTOSS(replace(config, **sizes, **dict.fromkeys(counts, 1)))
+    model = model.to(torch.float32 if options.optimizer == "fp32" else torch.bfloat16)
+    fill_state(optimizer := build_optimizer(options, model))
+    with torch.device("meta"):
+        real = {name: p.numel() for name, p in GPTOSS(config).named_parameters()}
+    total = 0
+    for name, p in model.named_parameters():
+        state = optimizer.state.get(p, {}).items()
+        kept = sum(x.nbytes for key, x in state if torch.is_tensor(x) and key != "step")
+        total += kept / p.numel() * real[name]
+    return total / sum(real.values())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -146,9 +166,11 @@ def count(number, what, plural="s"):
     return f"{number} {what}{plural if number != 1 else ''}"
 
 
-def arithmetic(options, config, parameters, ranks):
+def arithmetic(options, config, parameters, ranks, states=None):
     """What a step consists of, in words. Its FLOPs are an upper bound: packed documents have less
-    attention."""
+    attention. states: see budget.estimate."""
+    weight, gradient, kept = BYTES[options.optimizer]
+    each = weight + gradient + (states or {}).get(options.optimizer, kept)
     groups, tokens = ranks // options.sp, options.batch_size * options.seq_len
     micro_batches = options.batch_size // groups // options.micro_batch
     flops = flops_per_token(config, options.seq_len, options.lora_rank > 0)
@@ -156,7 +178,7 @@ def arithmetic(options, config, parameters, ranks):
     more = f", and {again / flops:.0%} more for what is recomputed" if again else ""
     return (
         f"{parameters:,} parameters, optimizer {options.optimizer} at "
-        f"{sum(BYTES[options.optimizer])} bytes each\n"
+        f"{each:g} bytes each\n"
         f"{tokens:,} tokens a step = {count(micro_batches, 'micro-batch', 'es')} x "
         f"{count(groups, 'group')} (sp {options.sp}) x {count(options.micro_batch, 'sequence')} x "
         f"{options.seq_len:,} tokens; "
@@ -206,14 +228,20 @@ def verdict(options, config, settings, gpu_gib):
         yield "or train adapters, on one GPU from 24 GB up: configs/gptoss_lora.py"
 
 
-def dry_run(options):
-    """Print what the run will need, and with the memory of a GPU known also whether that fits."""
+def dry_run(options, build_optimizer=None):
+    """Print what the run will need, and with the memory of a GPU known also whether that fits.
+    build_optimizer: train.py's; without it the optimizer's state is taken to be AdamW's."""
     ranks, config = int(os.environ.get("WORLD_SIZE", options.ranks)), model_config(options)
     check_ranks(options, config, ranks)
     if os.environ.get("RANK", "0") != "0":
         return
     settings = settings_of(options, config, ranks)
-    print(arithmetic(options, config, settings["parameters"], ranks))
+    if build_optimizer and not options.lora_rank:  # adapters' state is small
+        settings["states"] = {
+            kind: state_bytes(build_optimizer, replace(options, optimizer=kind), config)
+            for kind in BYTES
+        }
+    print(arithmetic(options, config, settings["parameters"], ranks, settings.get("states")))
     for what, size in needs(config, settings).items():
         print(f"{size / GIB:8.1f} GiB  {what}")
     total = peak(config, settings) / GIB

@@ -1,16 +1,20 @@
 """loop/plan.py: the estimated time against measured runs, the search against trying everything, and
 what the dry run says of a GPU."""
 
+import dataclasses
 import itertools
 import re
 
 import pytest
+import torch
 
 from common import tiny_config
 from loop import plan
 from loop.budget import GIB, count_parameters, estimate
 from loop.options import Options, check_ranks, parse
-from model import GPTOSSConfig
+from model import GPTOSS, GPTOSSConfig
+from test_train import MuonAndAdamW
+from train import build_optimizer
 
 # (K tokens per sequence, sp, micro_batch, micro-batches, optimizer, recompute, kept blocks): tokens
 # per second of the 20b's one rank of eight, rehearsed on an H100 without communication; 2026-11-25
@@ -150,6 +154,37 @@ def test_the_dry_run_says_it_where_a_gpu_is_named(monkeypatch, capsys):
     assert "GPU of" not in capsys.readouterr().out
     plan.dry_run(Options(batch_size=2, gpu_gib=500.0))
     assert "fits a GPU of 500 GiB" in capsys.readouterr().out
+
+
+def test_the_bytes_of_another_optimizer(monkeypatch, capsys):
+    """What the optimizer keeps is asked of build_optimizer: AdamW's is as in the table; Muon keeps
+    one moment of the blocks' matrices."""
+    config = tiny_config()
+    with torch.device("meta"):
+        named = dict(GPTOSS(config).named_parameters())
+    matrices = [n for n, p in named.items() if n.startswith("blocks.") and p.dim() == 2]
+    matrices = [n for n in matrices if n.endswith("weight")]
+    parameters, few = count_parameters(config), sum(named[n].numel() for n in matrices)
+    options = Options(**vars(config), batch_size=2, seq_len=64)
+    for build, each in (
+        (build_optimizer, {"fp32": 8, "split": 6}),
+        (
+            MuonAndAdamW,
+            {"fp32": 8 - 4 * few / parameters, "split": 4 - 2 * few / parameters},
+        ),
+    ):
+        found = {
+            kind: plan.state_bytes(build, dataclasses.replace(options, optimizer=kind), config)
+            for kind in each
+        }
+        assert found == pytest.approx(each)
+    assert 0.05 < few / parameters < 0.5
+    settings = plan.settings_of(options, config, 1)
+    adam, muon = (estimate(config, **settings, states=x)["optimizer"] for x in (None, found))
+    assert adam - muon == pytest.approx(4 * few, abs=1)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    plan.dry_run(options, MuonAndAdamW)
+    assert f"optimizer fp32 at {16 - 4 * few / parameters:g} bytes each" in capsys.readouterr().out
 
 
 def test_a_checkpoint_may_be_given_more_positions(tmp_path):
