@@ -12,6 +12,7 @@ import torch
 
 import lora
 from data import TokenData
+from fast import say
 from folders import exists
 from loop.options import check_ranks, find_checkpoint, model_config, own_held_out
 from loop.states import saved_states
@@ -141,6 +142,8 @@ def check_data(options, config):
             "tokenizer the model was trained with, or set vocab_size for a new one"
         )
     if not options.eval_every and not options.eval_data:
+        if exists(Path(f"{options.data}-val") / "meta.json"):
+            say(f"held out: {options.data}-val is there; --eval_every=... evaluates on it")
         return data, None
     held_out = options.eval_data or own_held_out(options.data)
     if not held_out:

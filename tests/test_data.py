@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
+import fast
 from corpora import (
     VOCABULARY_FILE,
     command_line,
@@ -21,6 +22,9 @@ from corpora import (
     write_jsonl,
 )
 from data import TokenData, pack, write_corpus
+from loop.checks import check_data
+from loop.options import Options
+from model import GPTOSSConfig
 from text import corpus
 from text.tokenizer import HarmonyTokenizer, get_tokenizer
 
@@ -623,3 +627,24 @@ def test_what_is_not_allowed_is_not_taken_for_absent(tmp_path):
     os.symlink("meta.json", tmp_path / "c" / "meta.json")  # a link to itself: an error of its own
     with pytest.raises(OSError, match="symbolic links"):
         TokenData(folder, 4)
+
+
+def test_a_held_out_part_is_used_or_told_of(tmp_path, monkeypatch, capsys):
+    """What --val kept aside is evaluated; a run without evaluations says that it is there."""
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "a.jsonl", [{"text": f"{i} is a number"} for i in range(40)])
+    write_corpus(["a.jsonl"], "a", "bytes", val=0.2)
+    write_corpus(["a.jsonl"], "b", "bytes")
+    sizes = {"vocab_size": 257, "seq_len": 16, "batch_size": 2, "steps": 7}
+    config = GPTOSSConfig(vocab_size=257)
+    for told, held_out, said in (
+        ({"data": "a"}, None, "a-val is there; --eval_every=... evaluates on it"),
+        ({"data": "a", "eval_every": 5}, "a-val", ""),
+        ({"data": "a", "eval_data": "b"}, "b", ""),
+        ({"data": "b"}, None, ""),
+    ):
+        fast.say.cache_clear()
+        _, found = check_data(Options(**sizes, **told), config)
+        assert (found and found.path) == held_out
+        printed = capsys.readouterr().out
+        assert (said in printed) if said else not printed
