@@ -32,6 +32,7 @@ from text.sources import find_files, read_documents
 from text.tokenizer import TOKENIZERS, HarmonyTokenizer, get_tokenizer
 
 IGNORED = -100  # a target that the loss does not count, as in model.py
+END = "<|endoftext|>"  # as many files write it between documents
 SHOWN = 2000  # tokens of a document that --show prints
 
 # --------------------------------------------------------------------------------------------------
@@ -61,9 +62,12 @@ class Report:
         if found["ignored"]:
             yield f"columns that are no part of the text, ignored: {listed('ignored')}"
         if found["control"]:
+            fix = "if chats were rendered already, give them as messages"
+            if any(detail == END for detail, _ in found["control"]):
+                fix += f"; --separator='{END}' divides a .txt there"
             yield (
                 "warning: documents with control tokens as text, which stay text: "
-                f"{listed('control')}: if chats were rendered already, give them as messages"
+                f"{listed('control')}: {fix}"
             )
         for _, turns in found["history"]:
             kept = (

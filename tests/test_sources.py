@@ -376,8 +376,9 @@ def test_signals_leave_nothing_and_nobody(tmp_path, much, name):
     process = started(much, "--out", tmp_path / "out", "--tokenizer=bytes", "--val=0.5")
     workers = wait_for(lambda: process.poll() is None and children(process.pid))
     wait_for(lambda: any(path.is_dir() for path in tmp_path.iterdir()))
-    second = command_line(much, "--out", tmp_path / "out", "--tokenizer=bytes")
-    assert second.returncode == 1 and "out is being written by process" in second.stderr
+    if name == "SIGTERM":
+        with pytest.raises(ValueError, match="out is being written by process"):
+            write_corpus([str(much)], str(tmp_path / "out"), "bytes")
     process.send_signal(number)
     _, error = process.communicate(timeout=30)
     assert process.returncode == (-9 if name == "SIGKILL" else 130 if number == 2 else 128 + number)
@@ -388,8 +389,7 @@ def test_signals_leave_nothing_and_nobody(tmp_path, much, name):
     else:  # what it left does not stop the next, which removes it
         assert sorted(os.listdir(tmp_path)) != ["much.jsonl"]
         small = write_jsonl(tmp_path / "small.jsonl", [{"text": t} for t in "abcdefgh"])
-        done = command_line(small, "--out", tmp_path / "out", "--tokenizer=bytes", "--val=0.5")
-        assert done.returncode == 0, done.stderr
+        write_corpus([small], str(tmp_path / "out"), "bytes", val=0.5)
         left = ["much.jsonl", "out", "out-val", "small.jsonl"]
         assert sorted(os.listdir(tmp_path)) == left
 
@@ -559,15 +559,16 @@ def test_what_is_told(tmp_path):
     records = [
         {"messages": turn("a", "hm") + turn("b"), "lang": "en", "id": 1},
         {"messages": turn("a", "hm") + turn("b", "hm"), "lang": None},
-        {"text": "plain", "url": "x", "id": 2},
+        {"text": "one<|endoftext|>two", "url": "x", "id": 2},
         {"messages": [{**turn("a")[1], "weight": 0}]},
     ]
     path, said = write_jsonl(tmp_path / "a.jsonl", records), []
     write_corpus([path], str(tmp_path / "out"), "bytes", say=said.append)
     assert said == [
         "columns that are no part of the text, ignored: id (2), lang (1), url (1)",
-        "warning: documents with control tokens as text, which stay text: <|end|> (2): "
-        "if chats were rendered already, give them as messages",
+        "warning: documents with control tokens as text, which stay text: <|endoftext|> (1), "
+        "<|end|> (2): if chats were rendered already, give them as messages; "
+        "--separator='<|endoftext|>' divides a .txt there",
         "history=keep: the reasoning of 2 earlier turns is kept and trained on; "
         "in use, prompts hold none: see --history=drop",
         "warning: 1 chats have no answer to train on",
