@@ -339,6 +339,25 @@ def test_a_million_blanks(tmp_path, monkeypatch):
         one_line(error)
 
 
+def test_a_signal_while_workers_start_is_not_lost():
+    """What its handler raises in a hook of a fork would be ignored."""
+    due = []
+    os.register_at_fork(after_in_parent=lambda: due and signal.raise_signal(due.pop()))
+
+    def handle(number, _):
+        raise SystemExit(number)
+
+    for number in encode.SIGNALS:
+        due[:], before = [number], signal.signal(number, handle)
+        try:
+            with pytest.raises(SystemExit, match=str(int(number))):
+                list(encode.encode_all([("x:1", "text", b"a")], 2, tokenizer="bytes"))
+            assert signal.getsignal(number) is handle and not due
+        finally:
+            signal.signal(number, before)
+        assert multiprocessing.active_children() == []
+
+
 def started(*arguments):
     return subprocess.Popen(
         [sys.executable, str(ROOT / "data.py"), *map(str, arguments)],

@@ -6,6 +6,7 @@ import functools
 import json
 import multiprocessing
 import signal
+import threading
 from collections import Counter, deque
 from multiprocessing import connection
 
@@ -15,6 +16,7 @@ from chat import control_tokens, render_record
 from text.tokenizer import get_tokenizer
 
 BATCH_BYTES, BATCH_DOCUMENTS = 1 << 18, 64  # that a worker gets at a time
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 FORMATS = ("text", "messages", "conversations", "conversation", "completion")
 
 
@@ -89,11 +91,29 @@ def encode_batch(batch, encode, place):
     return results
 
 
+@contextlib.contextmanager
+def signals_later():
+    """Signals that come in the block are handled after it. What a handler raises in a hook of a
+    fork, such as logging's, or in a pipe's __del__, is printed and lost: the program goes on."""
+    came, before = [], {}
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            before[number] = signal.signal(number, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        for number in came:
+            signal.raise_signal(number)
+
+
 def work(pipe, parents_end, place, encode):
     """Encode the batches that come through `pipe`, and send back what they become."""
     parents_end.close()  # a copy of it would keep the pipe open after the parent's death
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to answer
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
     while True:
         try:
             pipe.send(encode_batch(pipe.recv(), encode, place))
@@ -151,7 +171,8 @@ def encode_all(documents, number, **settings):
     encode = functools.partial(encode_document, **settings)
     workers, waiting, coming = [], deque(), batches(documents)  # waiting: [batch, results] in order
     try:
-        workers = [Worker(encode) for _ in range(number)]
+        with signals_later():
+            workers = [Worker(encode) for _ in range(number)]
         slots = {}  # busy worker -> its element of `waiting`
         while True:
             for worker in workers:
