@@ -14,7 +14,7 @@ are in fp32.
 
 Letters in shapes:
     B sequences    S tokens per sequence: this rank's slice, or the full sequence inside attention
-    N = B S tokens    V vocabulary    C hidden size
+    T keys    N = B S tokens    V vocabulary    C hidden size
     H query heads    K key-value heads    D head dim
     E experts    k experts per token    F hidden size of an expert
 """
@@ -43,8 +43,8 @@ IGNORED = -100  # a target that the loss does not count
 
 @dataclass
 class GPTOSSConfig:
-    """Sizes of the model; the defaults are gpt-oss-20b's. The names are OpenAI's, but of the last
-    two, which its config.json leaves out: they are Hugging Face's."""
+    """Sizes of the model; the defaults are gpt-oss-20b's. The names are OpenAI's, except the last
+    two: its config.json lacks them, and the names are Hugging Face's."""
 
     num_hidden_layers: int = 24
     num_experts: int = 32
@@ -55,7 +55,7 @@ class GPTOSSConfig:
     head_dim: int = 64
     num_attention_heads: int = 64
     num_key_value_heads: int = 8
-    sliding_window: int = 128  # keys seen in even layers, the query's own included; odd: all
+    sliding_window: int = 128  # keys a query sees in even layers, its own included
     swiglu_limit: float = 7.0
     initial_context_length: int = 4096  # the context before YaRN stretched it
     rope_theta: float = 150000.0
@@ -111,7 +111,7 @@ class GPTOSSConfig:
         Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     def window(self, layer):
-        """Keys that a query of this layer sees, itself included; None: all before it."""
+        """How many keys a query of this layer sees, its own included; None: no limit."""
         return self.sliding_window if layer % 2 == 0 else None
 
 
@@ -126,7 +126,8 @@ def wide(x):
 
 @fused
 def rms_norm(x, weight, eps):
-    """x (..., C) divided by its root mean square, times weight (C). In fp32, then in x's dtype."""
+    """x (..., C) divided by its root mean square, times weight (C). Computed in fp32,
+    returned in x's dtype."""
     y = wide(x)
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
     return (y * wide(weight)).to(x.dtype)  # multiplied before the cast: Llama casts first
@@ -158,16 +159,17 @@ def rope_tables(config, positions):
         return D / 2 * math.log(length) / math.log(config.rope_theta)
 
     low = max(pair_with(config.rope_ntk_beta), 0)
-    high = min(pair_with(config.rope_ntk_alpha), D - 1)
+    high = min(pair_with(config.rope_ntk_alpha), D - 1)  # for gpt-oss: from pair 8.1 to 17.4
     ramp = ((pair - low) / max(high - low, 1e-3)).clamp(0, 1)
     angles = wide(positions[:, None]) * (stretched * ramp + trained * (1 - ramp))  # (S, D/2)
-    # YaRN's attention factor multiplies both q and k, so scores by its square
+    # YaRN's attention factor: in the tables it multiplies q and k, so scores by its square
     attention_factor = 0.1 * math.log(max(config.rope_scaling_factor, 1)) + 1
     return angles.cos() * attention_factor, angles.sin() * attention_factor
 
 
 def rotate(x, cos, sin):
-    """x (B, S, heads, D): turn the pairs (x[i], x[i + D/2]). In fp32, then in x's dtype."""
+    """x (B, S, heads, D): turn the pairs (x[i], x[i + D/2]). Computed in fp32, returned in
+    x's dtype."""
     a, b = wide(x).chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]  # (S, 1, D/2)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
@@ -179,12 +181,13 @@ def split_and_rotate(qkv, cos, sin, num_key_value_heads):
     D, K = 2 * cos.shape[-1], num_key_value_heads
     heads = qkv.unflatten(-1, (-1, D))  # (B, S, H + 2K, D)
     q, k, v = heads.split((heads.shape[2] - 2 * K, K, K), dim=2)
+    # a view of v would keep all of qkv in memory for the backward
     return rotate(q, cos, sin), rotate(k, cos, sin), v.contiguous()
 
 
 # --------------------------------------------------------------------------------------------------
-# Attention with sinks. Each head has a learned logit, its sink, that takes part in the softmax and
-# has no value: a head that finds nothing to attend to can attend to its sink and add nothing.
+# Attention with sinks. Each head has a learned logit, its sink, that takes part in the softmax but
+# has no value vector: a head with nothing to attend to can attend to its sink, and adds nothing.
 # H/K query heads share a key-value head: query head h reads key-value head h // (H/K).
 
 
@@ -192,8 +195,9 @@ def dense_attention(q, k, v, sinks, window=None, documents=None):
     """The definition: scores, mask, a column for the sink, softmax, column dropped.
 
     q (B, S, H, D), k and v (B, T, K, D), sinks (H) -> (B, S, H, D). The queries are the last S of T
-    positions. A query sees itself and earlier keys: the last `window` of them, and only those with
-    its own number in documents (B, T). Any device, any dtype; memory grows with H S T."""
+    positions. A query sees the keys at and before its own position: only the last `window` of them
+    if a window is given, and only those of its document if documents (B, T) are given. Any device,
+    any dtype; memory grows with H S T."""
     B, S, H, D = q.shape
     T, K = k.shape[1], k.shape[2]
     q = q.unflatten(2, (K, H // K))  # (B, S, K, H/K, D)
@@ -265,6 +269,7 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, attend):  # x (B, S, C)
         q, k, v = split_and_rotate(self.qkv(x), cos, sin, self.num_key_value_heads)
+        # on several ranks: exchanged for full sequences of a part of the heads, and back
         out = sp.ulysses(attend)(q, k, v, self.sinks)  # (B, S, H, D)
         return self.out(out.flatten(2))  # (B, S, H D) -> (B, S, C)
 
@@ -275,7 +280,8 @@ class Attention(nn.Module):
 
 def swiglu(h, limit):
     """h (..., 2F), gates then ups -> (..., F): gate * sigmoid(1.702 gate), nearly GELU, times
-    up + 1. Gates are clamped from above, ups on both sides. In fp32, then in h's dtype."""
+    up + 1. Gates are clamped from above, ups on both sides. Computed in fp32, returned in h's
+    dtype."""
     gate, up = wide(h).chunk(2, dim=-1)
     gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     return ((up + 1) * gate * torch.sigmoid(1.702 * gate)).to(h.dtype)
@@ -296,21 +302,21 @@ def experts(x, chosen, routing, w1, b1, w2, b2, limit):
     w1 (E, C, 2F) and b1 (E, 2F): gate_up, w2 (E, F, C) and b2 (E, C): down."""
     out = torch.zeros_like(wide(x))
     for e in range(len(w1)):
-        token, place = (chosen == e).nonzero(as_tuple=True)  # who chose e, and as which of its k
+        token, place = (chosen == e).nonzero(as_tuple=True)  # who chose e, as which of the k
         y = swiglu(x[token] @ w1[e] + b1[e], limit) @ w2[e] + b2[e]
         out = out.index_add(0, token, routing[token, place, None] * y)
     return out.to(x.dtype)
 
 
 class Router(nn.Linear):
-    """x (N, C) -> chosen (N, k), the experts with the k largest logits, or those given, and routing
-    (N, k), the softmax over the logits of those k, in fp32."""
+    """x (N, C) -> chosen (N, k), the experts of the k largest logits unless given, and routing
+    (N, k), fp32, the softmax over those k logits alone."""
 
     def __init__(self, config):
         super().__init__(config.hidden_size, config.num_experts)
         self.experts_per_token = config.experts_per_token
 
-    def logits(self, x):
+    def logits(self, x):  # lora.py adds to them
         return router_logits(x, self.weight, self.bias)  # (N, E)
 
     def forward(self, x, chosen=None):
@@ -323,12 +329,12 @@ class Router(nn.Linear):
 class Experts(nn.Module):
     def __init__(self, config):
         super().__init__()
-        E, C, F = config.num_experts, config.hidden_size, config.intermediate_size
+        E, C, hidden = config.num_experts, config.hidden_size, config.intermediate_size
         self.limit = config.swiglu_limit
         self.router = Router(config)
-        self.gate_up_weight = nn.Parameter(torch.empty(E, C, 2 * F))  # gates, then ups
-        self.gate_up_bias = nn.Parameter(torch.empty(E, 2 * F))
-        self.down_weight = nn.Parameter(torch.empty(E, F, C))
+        self.gate_up_weight = nn.Parameter(torch.empty(E, C, 2 * hidden))  # gates, then ups
+        self.gate_up_bias = nn.Parameter(torch.empty(E, 2 * hidden))
+        self.down_weight = nn.Parameter(torch.empty(E, hidden, C))
         self.down_bias = nn.Parameter(torch.empty(E, C))
 
     def forward(self, x, chosen=None):  # x (B, S, C), chosen (B, S, k) or None
@@ -337,6 +343,7 @@ class Experts(nn.Module):
         return self.compute(tokens, chosen, routing).view_as(x)
 
     def compute(self, tokens, chosen, routing):  # (N, C), (N, k), (N, k) -> (N, C)
+        # frozen.py has another way, for weights that are not trained
         gate_up, down = (self.gate_up_weight, self.gate_up_bias), (self.down_weight, self.down_bias)
         return experts(tokens, chosen, routing, *gate_up, *down, self.limit)
 
@@ -393,10 +400,10 @@ class GPTOSS(nn.Module):
     """GPT-OSS, initialised by init_weights, unless it is built on the meta device.
 
     `recompute` selects what the backward recomputes, block by block, to save memory:
-        "none"
-        "all" activations but the block's input
-        "attention": all but, on layers without a window, the output of attention, whose cost grows
-            with S^2. Only cuDNN's kernel can keep it; with packed documents this is "all".
+        "none": nothing
+        "all": everything but the block's input
+        "attention": as "all", but on layers without a window the output of attention is kept, whose
+            cost grows with S^2. Only cuDNN's kernel can keep it: with packed documents it is "all".
     The last `keep_blocks` blocks recompute nothing."""
 
     def __init__(self, config, recompute="none", keep_blocks=0):
@@ -413,7 +420,7 @@ class GPTOSS(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed=0):
-        """Set every parameter, also after to_empty, to values that do not depend on the ranks.
+        """Set every parameter, to the same values on any number of ranks.
 
         Matrices: normal with GPT-2's 0.02, divided by sqrt(2 layers) where they write into the
         residual stream. Norms: one. Biases and sinks: zero."""
@@ -428,7 +435,7 @@ class GPTOSS(nn.Module):
                 device = parameter.device
                 generator = torch.Generator(device).manual_seed(seed * 100003 + number)
                 full = torch.empty(parameter.shape, device=device)
-                copy_rows(parameter, full.normal_(0, std, generator=generator))
+                copy_rows(parameter, full.normal_(0, std, generator=generator))  # this rank's
 
     def forward(
         self, tokens, targets=None, documents=None, count=None, *, weights=None, routes=None
@@ -437,11 +444,12 @@ class GPTOSS(nn.Module):
         loss: fp32, and by its fast twin without the logits of all tokens in memory.
 
         loss = -sum(weights * log p(target)) / count, over the targets that are not -100. weights
-        (B, S), such as advantages, are ones by default. count, a 0-d tensor, is the number of those
-        targets; give that of the whole batch if this is a part of one.
+        (B, S), such as advantages, are ones by default. count, a 0-d tensor, is by default the
+        number of those targets; for a part of a batch pass that of the whole batch.
 
-        documents (B, S): attention never crosses from one number to another. routes: see `routes`.
-        In a sequence-parallel group all are this rank's slices, and the ranks' losses add up to the
+        documents (B, S): attention never crosses from one number to another. routes: the experts to
+        use, as the method `routes` returns them. In a sequence-parallel group every (B, S) tensor
+        is this rank's slice, the default count is the group's, and the ranks' losses add up to the
         loss. ValueError for ids outside the vocabulary or wrong shapes."""
         if targets is None:
             return self.unembedding(self.features(tokens, documents, routes=routes))
@@ -495,7 +503,7 @@ class GPTOSS(nn.Module):
         """tokens (B, S) -> (B, S, C), the input of the unembedding."""
         self._check(tokens, "tokens", tokens.shape)
         config, s = self.config, tokens.shape[1]
-        S = s * sp.size()
+        S = s * sp.size()  # the full sequence, of which this rank has s tokens
         if config.max_position_embeddings < S:
             raise ValueError(
                 f"{S} tokens exceed max_position_embeddings={config.max_position_embeddings}"
@@ -532,18 +540,19 @@ class GPTOSS(nn.Module):
                 f"{name} must be integers of shape {tuple(shape)}; got {x.dtype} {tuple(x.shape)}"
             )
 
-    def _check(self, ids, name, shape, other=0):
-        """ValueError unless `ids` are (B, S) integers in the vocabulary, or `other`."""
+    def _check(self, ids, name, shape, ignored=None):
+        """ValueError unless `ids` are (B, S) integers in the vocabulary, or `ignored`."""
         kinds = torch.int64, torch.int32
         if ids.dim() != 2 or ids.shape != shape or ids.dtype not in kinds or not ids.numel():
             raise ValueError(
-                f"{name} must be int64 of one shape (B, S), not empty; "
+                f"{name} must be int64 or int32 of one shape (B, S), not empty; "
                 f"got {ids.dtype} {tuple(ids.shape)}, {tuple(shape)}"
             )
         V = self.config.vocab_size
-        wrong = ids[((ids < 0) | (ids >= V)) & (ids != other)]
+        outside = (ids < 0) | (ids >= V)
+        wrong = ids[outside if ignored is None else outside & (ids != ignored)]
         if len(wrong):
-            exception = f" or be {other}" if other else ""
+            exception = "" if ignored is None else f" or be {ignored}"
             raise ValueError(
                 f"{name} must lie in [0, vocab_size={V}){exception}; found {wrong[0].item()}"
             )

@@ -246,7 +246,7 @@ def evaluate(options, model, data, device):
 
 def train(options):
     """The whole run. True if it has come to its end, with its model written."""
-    # what can be wrong is found by each rank alone, before the ranks meet
+    # each rank checks its options and files by itself, before the ranks meet
     options, config, data, held_out = check_run(options)
     folder = Path("runs") / options.name
     if os.environ.get("RANK", "0") == "0":
@@ -258,6 +258,7 @@ def train(options):
     who = identity(options, config, data) | lora.identity_of(options)
     states = States(folder / "states", options, who)
     at = states.newest() if options.resume else Progress()
+    # past the last step, or at it with the model written
     if at.step > options.steps or (at.ended(options) and exists(folder / "model")):
         say(f"{folder} has ended after step {at.step - 1}: nothing is left to do")
         return leave(watch)
@@ -273,16 +274,16 @@ def train(options):
         log.begin()
         indices = my_sequences(options, at.step * options.batch_size, options.batch_size)
         batches = [data.batch(mine) for mine in indices]
-        # every rank of a sequence-parallel group counts the whole sequences
+        # the `sp` ranks of a group count the same sequences
         counted = sum((targets != IGNORED).sum() for _, targets, _ in batches) / options.sp
-        (count,) = all_sum(counted, device=device)
-        loss, count = 0, torch.tensor(count, device=device)
+        (total,) = all_sum(counted, device=device)
+        loss, count = 0, torch.tensor(total, device=device)
         for batch in batches:
             with HostMemory() if options.offload else nullcontext():
                 share = model(*to_model(batch, device), count=count)
             share.backward()
             loss += share.detach()
-        squares = gradient_norm_squared(model) / options.replicas  # each replica has all gradients
+        squares = gradient_norm_squared(model) / options.replicas  # each of which has them all
         loss, norm, asked = all_sum(loss, squares, stop.asked, device=device)
         norm, lr = math.sqrt(norm), learning_rate(options, at.step)
 
@@ -307,10 +308,10 @@ def train(options):
         if asked and at.step < options.steps:
             break
         if held_out and at.due(options.eval_every, last):
-            loss = evaluate(options, model, held_out, device)
-            better = at.judge(loss)
-            log.evaluation(at, loss, better)
-            states.evaluated(at, loss, better)
+            held_out_loss = evaluate(options, model, held_out, device)
+            better = at.judge(held_out_loss)
+            log.evaluation(at, held_out_loss, better)
+            states.evaluated(at, held_out_loss, better)
 
     states.wait()
     if options.rehearse:
