@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -66,8 +67,12 @@ def test_what_came_out_of_mxfp4_goes_back_unchanged(blocks, scales):
 
 @settings(max_examples=200, deadline=None)
 @given(
-    st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=32, max_size=32)
-    | st.lists(st.floats(-8, 8), min_size=32, max_size=32),
+    # any bits of fp32; up to 8: values of which few are large, and ties
+    st.binary(min_size=128, max_size=128).map(lambda x: np.frombuffer(x, "<f4").tolist())
+    | st.binary(min_size=64, max_size=64).map(
+        lambda x: (8 * (np.frombuffer(x, "<i2") / 2**15) ** 3).tolist()
+    )
+    | st.binary(min_size=32, max_size=32).map(lambda x: (np.frombuffer(x, "i1") / 16).tolist()),
     st.integers(-20, 20),
 )
 @example([7.5, 3.5, 7.9] + [0.25] * 29, 0)  # the larger scale is better
@@ -76,7 +81,7 @@ def test_what_came_out_of_mxfp4_goes_back_unchanged(blocks, scales):
 def test_quantization_takes_the_better_scale_and_the_nearest_value(values, shift):
     """Against all codes under both scales, in fp64: ties go to the even code and smaller scale."""
     weight = (torch.tensor(values, dtype=torch.float64) * 2.0**shift).float()
-    weight = weight.nan_to_num(posinf=3e38, neginf=-3e38)
+    weight = weight.nan_to_num(nan=1.0, posinf=3e38, neginf=-3e38)
     blocks, scales = quantize_mxfp4(weight)
     codes = torch.stack([blocks & 15, blocks >> 4], -1).flatten().long()
     largest = weight.abs().max().item()
