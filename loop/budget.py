@@ -247,7 +247,9 @@ def sent_bytes(
     # weights are gathered for the forward and again for the backward, those outside of blocks once
     gathered = 2 * (2 * (parameters - ends) + ends)
     if adapters:  # `parameters` are theirs, and frozen weights are gathered only if they are shared
-        gathered = 2 * 2 * parameters + 2 * adapters["frozen"] * adapters["shared"]
+        trained = len(adapters["ends"]) * config.vocab_size * config.hidden_size
+        gathered = 2 * (2 * (parameters - trained) + trained)
+        gathered += adapters["shared"] * (2 * adapters["frozen"] - 2 * (ends - trained))
     # all-to-all: q, k, v and out, in the forward, its replay and the backward
     heads = config.num_attention_heads * config.head_dim
     qkv = heads + 2 * max(config.num_key_value_heads, sp) * config.head_dim

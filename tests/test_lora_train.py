@@ -17,11 +17,14 @@ import data
 import lora
 import sample
 import sp
+import train as train_module
 from common import assert_all_close, batch, noise_, relative, run_ranks, tiny_config
 from conftest import ROOT
+from loop.budget import sent_bytes
 from loop.checks import check_run
-from loop.options import Options, parse
+from loop.options import Options, model_config, parse
 from loop.plan import dry_run, needs, peak, settings_of, verdict
+from loop.rehearse import rehearse
 from lora_models import EVERYTHING, noisy_adapters, packed_model, step
 from model import GPTOSS, IGNORED, GPTOSSConfig
 from runs import Run, held_out, losses, make_home, train
@@ -279,7 +282,26 @@ def test_weight_decay_is_for_adapters_too():
 
 
 # --------------------------------------------------------------------------------------------------
-# The dry run
+# Rehearsal and dry run
+
+
+@pytest.mark.parametrize("changes", [{}, {"shard_frozen": True}, {"lora_targets": "qkv", "sp": 2}])
+def test_sent_bytes_are_what_a_rehearsal_counts(changes, home, monkeypatch):
+    """Computing in bf16, with sizes that the ranks divide: exactly, but for a step's few numbers,
+    which are summed."""
+    monkeypatch.chdir(home)
+    sizes = {**dataclasses.asdict(SIZES), "vocab_size": 264, "num_key_value_heads": 8}
+    given = {"ranks": 4, "batch_size": 8, "lora_rank": 4, "lora_targets": EVERYTHING}
+    given |= (
+        {"frozen": "mxfp4", "recompute": "all", "name": "sent", "data": "random"} | sizes | changes
+    )
+    options = parse(["adapters.py", "--rehearse", *(f"--{k}={v}" for k, v in given.items())], "")
+    monkeypatch.setattr("train.computed_in", lambda device: torch.bfloat16)
+    found = rehearse(options, train_module.train)["sent_bytes"]
+    config = model_config(options)
+    expected = sent_bytes(config, **settings_of(options, config, 4))
+    few = found.pop("all_reduce") - expected.pop("all_reduce")
+    assert found == expected and 0 < few < 10_000
 
 
 BOTH = "--lora_targets=attention,experts"
