@@ -1,6 +1,7 @@
 """Folders with adapters: saved and found again, merged, exported for PEFT and transformers."""
 
 import json
+import re
 import warnings
 
 import pytest
@@ -194,3 +195,25 @@ def test_a_merged_export(tmp_path, packed):
     assert packed or relative(logits, model(tokens)) < 1e-5
     unmerged = lora.from_checkpoint(base, dtype=torch.float32)
     assert relative(unmerged(tokens), logits) > 0.1
+
+
+@pytest.mark.parametrize("targets", [EVERYTHING, "attention"])
+def test_a_merged_export_in_mxfp4(targets, tmp_path, capsys):
+    """The printed error is that of the experts as they are imported again: none of a packed base's
+    that no adapter changes."""
+    write_adapters(tmp_path / "run", write_base(tmp_path / "base", True), targets)
+    out, again = str(tmp_path / "out"), str(tmp_path / "again")
+    convert_hf.main(["--export", str(tmp_path / "run"), "--out", out, "--mxfp4"])
+    printed = float(re.search(r"MXFP4 experts: relative error (\S+)", capsys.readouterr().out)[1])
+    convert_hf.main([out, "--out", again])
+    (merged, _), (found, _) = lora.places(tmp_path / "run"), lora.places(again)
+    errors, weights = 0, 0
+    for name, place in merged.items():
+        expected, actual = place[:].float(), found[name][:].float()
+        if name.endswith(("gate_up_weight", "down_weight")):
+            errors += (actual - expected).square().sum()
+            weights += expected.square().sum()
+        else:
+            assert torch.equal(actual, expected), name
+    assert printed == pytest.approx((errors / weights).sqrt().item(), rel=1e-3)
+    assert (printed == 0) == (targets == "attention") and printed < 0.2
