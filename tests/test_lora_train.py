@@ -28,6 +28,7 @@ from loop.rehearse import rehearse
 from lora_models import EVERYTHING, noisy_adapters, packed_model, step
 from model import GPTOSS, IGNORED, GPTOSSConfig
 from runs import Run, held_out, losses, make_home, train
+from snapshots import load_state, state_places
 from train import build_model, build_optimizer
 from weights import save_weights
 
@@ -172,6 +173,9 @@ def test_a_run_of_adapters(home, whole, monkeypatch):
     model = lora.from_checkpoint("runs/whole/model", dtype=torch.float32)
     tokens, _ = batch(SIZES, 1, 9)
     assert relative(model(tokens), lora.from_checkpoint("base", dtype=torch.float32)(tokens)) > 1e-3
+    assert torch.equal(load_state(state)(tokens), model(tokens))
+    for name, place in lora.places("runs/whole/model")[0].items():
+        assert torch.equal(state_places(state)[0][name][:], place[:]), name
     settings = json.loads((home / "runs/whole/model/adapters.json").read_text())
     assert settings["base"] == "base" and settings["identity"] == lora.identity("base")
 
