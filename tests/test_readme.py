@@ -44,6 +44,7 @@ STAND_INS = {  # a command of the README: what is added to it here; None: it doe
     "torchrun --nproc_per_node 8 train.py configs/gptoss_64k.py --steps=400": SMALL_RUN,
     'python sample.py runs/gptoss_64k "Why is the sky blue?"': "--max_tokens=3",
     "python convert_hf.py --export runs/gptoss_64k --out my-model": "",
+    'python -m bench --inspect runs/gptoss_64k "Why is the sky blue?"': "",
     "python convert_hf.py openai/gpt-oss-20b --packed": "",
     "python train.py configs/gptoss_lora.py": "--seq_len=64 --steps=2",
     "python convert_hf.py --export runs/gptoss_lora --out my-adapters --adapter": "",
