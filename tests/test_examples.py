@@ -358,13 +358,13 @@ def run_grpo(rank):
 def test_a_run_of_adapters(tmp_path, monkeypatch):
     """On two ranks, from a folder of weights to adapters that are found with their tokenizer."""
     start_from(tmp_path)
-    arguments = ["--checkpoint=runs/start/model", "--steps=2", "--eval_every=2", "--lora_rank=2"]
+    arguments = ["--checkpoint=runs/start/model", "--steps=1", "--lora_rank=2"]
     arguments = [*grpo.DEFAULTS.split(), *RUN, "--seq_len=160", *arguments]
     text = runs.train(tmp_path, *arguments, ranks=2, prepare=run_grpo)
     assert "adapters are in runs/grpo/model" in text
     rows = runs.logged(tmp_path, "grpo")
-    assert [row["step"] for row in rows if "aside" in row] == [0, 2]
-    assert [row["grad_norm"] > 0 for row in rows if "reward" in row] == [True, True]
+    assert [row["step"] for row in rows if "aside" in row] == [0, 1]
+    assert [row["grad_norm"] > 0 for row in rows if "reward" in row] == [True]
     monkeypatch.chdir(tmp_path)
     found = find_model("runs/grpo")
     assert found.layout == "adapters" and found.tokenizer == "bytes"
