@@ -13,7 +13,6 @@ Letters in shapes are model.py's, and R = N k: a row per token and chosen expert
 """
 
 import functools
-import itertools
 import math
 
 import torch
@@ -356,26 +355,14 @@ def capability(device):
 
 
 def grouped_mm(a, b, offs):
-    """F.grouped_mm, or a matmul per expert on a GPU for which PyTorch has no grouped kernels: rows
-    a (R, n), sorted by expert, times b (E, n, m) -> (R, m); or a (n, R) times rows b (R, m) ->
-    (E, n, m). offs (E): where each expert's rows end."""
+    """F.grouped_mm. Where PyTorch has no kernel for it, it runs a matmul per expert: said once."""
     version = capability(a.device)
-    if version is None or version[0] in GROUPED:
-        return F.grouped_mm(a, b, offs=offs)
-    say(
-        "experts: a matmul for each, slower, because PyTorch's grouped matmuls need compute "
-        f"capability 9.0 or 10.0, and this GPU has {version[0]}.{version[1]}"
-    )
-    ends = [0, *offs.tolist()]
-    if b.dim() == 3:
-        out = a.new_empty(len(a), b.shape[-1])
-        for e, (begin, end) in enumerate(itertools.pairwise(ends)):
-            torch.mm(a[begin:end], b[e], out=out[begin:end])
-        return out
-    out = a.new_empty(len(offs), len(a), b.shape[1])
-    for e, (begin, end) in enumerate(itertools.pairwise(ends)):
-        torch.mm(a[:, begin:end], b[begin:end], out=out[e])
-    return out
+    if version and version[0] not in GROUPED:
+        say(
+            "experts: a matmul for each, slower, because PyTorch's grouped matmuls have kernels "
+            f"for compute capability 9 and 10, and this GPU has {version[0]}.{version[1]}"
+        )
+    return F.grouped_mm(a, b, offs=offs)
 
 
 class ExpertsFunction(torch.autograd.Function):
