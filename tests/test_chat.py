@@ -5,6 +5,7 @@ import copy
 import importlib.util
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -20,7 +21,6 @@ from corpora import (
     SKY,
     A,
     Q,
-    command_line,
     final,
     marked,
     need_vocabulary,
@@ -247,17 +247,15 @@ def test_bytes_refuse_what_they_cannot_spell(extra):
         chat.render_chat([ANSWER, {**ANSWER, **extra}], get_tokenizer("bytes"))
 
 
-def test_chat_without_harmony_says_what_to_install(tmp_path):
+def test_chat_without_harmony_says_what_to_install(tmp_path, monkeypatch):
     need_vocabulary()
     path = write_jsonl(tmp_path / "a.jsonl", [{"messages": CHATS["one answer"][0]}])
-    (tmp_path / "hidden").mkdir()
-    (tmp_path / "hidden" / "openai_harmony.py").write_text("raise ImportError")
-    failed = command_line(path, "--out", tmp_path / "out", PYTHONPATH=str(tmp_path / "hidden"))
-    assert (
-        failed.returncode == 1
-        and "a.jsonl:1: " in failed.stderr
-        and "pip install openai-harmony" in failed.stderr
-    )
+    monkeypatch.setitem(sys.modules, "openai_harmony", None)
+    chat.load_harmony.cache_clear()
+    with pytest.raises(ValueError, match="a.jsonl:1: .* pip install openai-harmony"):
+        write_corpus([path], str(tmp_path / "out"))
+    chat.load_harmony.cache_clear()
+    assert os.listdir(tmp_path) == ["a.jsonl"]
 
 
 # --------------------------------------------------------------------------------------------------
