@@ -317,6 +317,9 @@ def train(options):
     if options.rehearse:
         return leave(watch)
     if at.ended(options):
+        if at.waited and at.best and not options.keep_best:
+            best = f"the best, held out {at.best:.4f}"
+            log.say(f"model/ holds the last weights; --keep_best keeps {best}")
         save_model(options, model, folder, dtype, states)
     else:
         log.say(f"asked to stop: --resume goes on after step {at.step - 1}")

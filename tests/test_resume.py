@@ -213,6 +213,7 @@ def test_the_best_state_stays_and_becomes_the_model(home):
     marks = [examine(state)[0] for state in (home / "runs/best/states").iterdir()]
     assert {numbers["step"]: numbers["held_out"] for numbers in marks} == {4: 1.0, 8: 4.0}
     assert "weights are in runs/best/model: the best ones, of step 3, held out 1.0000\n" in text
+    assert "the last weights" not in text
     copy_run(home, "plain", "plain-4", 4)
     train(home, "tiny.py", "--steps=4", "--resume", "--name=plain-4")
     assert_same_weights(home, "best", "plain-4")
@@ -241,6 +242,8 @@ def test_stop_after(home):
     text = train(home, *options, "--stop_after=2", prepare=scripted_evaluations)
     assert len(losses(home, "patience")) == 8 and states(home, "patience") == ["step-00000008"]
     assert "ended after step 7: 2 evaluations without a better one" in text
+    said = "model/ holds the last weights; --keep_best keeps the best, held out 1.0000\n"
+    assert f"{said}weights are in" in text
     assert (home / "runs/patience/model").exists()
     again = (*options, "--resume", "--stop_after=2")
     assert "nothing is left to do" in train(home, *again, prepare=scripted_evaluations)
