@@ -32,7 +32,12 @@ def home(tmp_path_factory):
     (home / "runs/full/model/chat_template.jinja").write_text("{{ messages }}")
     config = [line for line in (home / "tiny.py").read_text().splitlines() if "seq_len" in line]
     (home / "adapters.py").write_text("\n".join([*config, 'data = "corpus"']))
-    adapted = ("--checkpoint=runs/full", "--lora_rank=3", "--lora_targets=all", "--name=lora")
+    adapted = (
+        "--checkpoint=runs/full",
+        "--lora_rank=3",
+        "--lora_targets=all,unembedding",
+        "--name=lora",
+    )
     train(home, "adapters.py", *TOLD, *adapted)
     shutil.copytree(home / "runs/lora", home / "runs/ended")
     shutil.rmtree(home / "runs/lora/model")
