@@ -143,16 +143,18 @@ def _rank(home, output, variables, arguments, prepare):
     train.main()
 
 
-def command(program, *arguments, input=b""):
+def command(program, *arguments, input=b"", encoding="utf-8"):
     """What `python program.py arguments` does, from the repository's folder: its exit code, and the
-    bytes it writes to stdout and to stderr. `input`: its stdin."""
+    bytes it writes to stdout and to stderr. `input`: its stdin; `encoding`: its terminal's."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
         streams = [Path(folder) / name for name in ("stdin", "stdout", "stderr")]
         streams[0].write_bytes(input)
         line = [str(argument) for argument in arguments]
-        task = context.Process(target=_program, args=(streams, program, line), daemon=True)
+        task = context.Process(
+            target=_program, args=(streams, program, line, encoding), daemon=True
+        )
         task.start()
         task.join(120)
         task.kill()
@@ -162,12 +164,13 @@ def command(program, *arguments, input=b""):
 Done = namedtuple("Done", "returncode stdout stderr")
 
 
-def _program(streams, program, arguments):
+def _program(streams, program, arguments, encoding):
     os.chdir(ROOT)
     os.environ |= NO_GPU
     for number, path in enumerate(streams):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
     sys.stdin = open(0, closefd=False)  # multiprocessing has closed it  # noqa: SIM115
+    sys.stdout.reconfigure(encoding=encoding)
     sys.argv = [f"{program}.py", *arguments]
     importlib.import_module(program).main()
 

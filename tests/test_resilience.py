@@ -450,6 +450,7 @@ train.main()
 """
 
 
+@pytest.mark.slow
 def test_ranks_without_their_torchrun_leave_while_the_model_is_built(home):
     (home / "slow.py").write_text(SLOW.format(root=str(ROOT)))
     process = torchrun(home, "--name=young-orphans", script=home / "slow.py")
