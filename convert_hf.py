@@ -570,8 +570,11 @@ def main(arguments=None):
     merged = options.mxfp4 or options.dtype or options.tokenizer
     if options.source and (merged or options.adapter or options.state):
         parser.error("--mxfp4, --dtype, --tokenizer, --state and --adapter belong to --export")
-    if options.adapter and merged:
-        parser.error("--adapter writes no weights: leave --mxfp4, --dtype and --tokenizer out")
+    if options.adapter and (merged or options.state):
+        parser.error(
+            "--adapter writes a finished run's adapters as they are: "
+            "leave --mxfp4, --dtype, --tokenizer and --state out"
+        )
     try:
         if options.adapter:
             lora.write_peft(find_model(options.export).weights, options.out)

@@ -135,3 +135,8 @@ def render_theirs(package, messages):
     keep = package.RenderConversationConfig(auto_drop_analysis=False)
     conversation = package.Conversation.from_messages(made)
     return encoding.render_conversation_for_training(conversation, keep)
+
+
+def set_meta(path, **changes):
+    meta = json.loads((path / "meta.json").read_text())
+    (path / "meta.json").write_text(json.dumps(meta | changes))

@@ -162,9 +162,10 @@ def test_what_is_no_adapter_is_not_exported_as_one(tmp_path, capsys):
     base = write_base(tmp_path / "base")
     with pytest.raises(SystemExit, match="holds no adapters: export it without --adapter"):
         convert_hf.main(["--export", str(base), "--out", str(tmp_path / "out"), "--adapter"])
-    with pytest.raises(SystemExit):
-        convert_hf.main(["--export", str(base), "--out", "out", "--adapter", "--mxfp4"])
-    assert "--adapter writes no weights" in capsys.readouterr().err
+    for more in "--mxfp4", "--state=best":
+        with pytest.raises(SystemExit):
+            convert_hf.main(["--export", str(base), "--out", "out", "--adapter", more])
+        assert "--adapter writes a finished run's adapters as they are" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
