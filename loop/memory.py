@@ -72,10 +72,11 @@ class SplitAdamW(torch.optim.Optimizer):
                     "exp_avg_sq": torch.zeros_like(p),
                     "rest": torch.zeros_like(p, dtype=torch.int16),
                 }
-        # On a GPU one kernel without temporaries. Autotuned, because the block size that the
-        # compiler guesses is a fifth slower on some tensors.
-        compiled = torch.compile(adamw, options={"max_autotune_pointwise": True})
-        self.update = {"cpu": adamw, "cuda": compiled}
+        self.update = {"cpu": adamw}
+        if any(p.device.type == "cuda" for p in self.state):
+            # One kernel without temporaries. Autotuned, because the block size that the compiler
+            # guesses is a fifth slower on some tensors.
+            self.update["cuda"] = torch.compile(adamw, options={"max_autotune_pointwise": True})
 
     @staticmethod
     def vectors(t):

@@ -257,7 +257,7 @@ def hugging_face_gradients(theirs):
 
 # What the server of forked processes imports, so that each of them starts in no time. The first use
 # of the server decides. What is not installed is done without.
-PRELOADED = ["train", "pytest", "matplotlib.backends.backend_agg"]
+PRELOADED = ["train", "pytest", "matplotlib.figure", "matplotlib.backends.backend_agg"]
 
 
 def run_ranks(n, function, *arguments, backend="gloo", timeout=200, start_method="forkserver"):

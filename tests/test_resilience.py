@@ -304,7 +304,7 @@ LOST = {  # where a rank is lost: what it was doing
 
 
 # some of them among the slow tests: a lost rank takes its timeout to be noticed
-QUICK = "start_ranks", "learning_rate", "save_weights"
+QUICK = "start_ranks", "learning_rate"
 PLACES = [x if x in QUICK else pytest.param(x, marks=pytest.mark.slow) for x in LOST]
 
 
@@ -462,6 +462,7 @@ def test_ranks_without_their_torchrun_leave_while_the_model_is_built(home):
     assert process.printed().count("error: torchrun is gone") == 1
 
 
+@pytest.mark.slow
 def test_an_error_is_torchruns_last_word_too(home):
     """After the one line, torchrun prints some thirty of its own."""
     process = torchrun(home, "--name=wrong", "--dropout=0.1", restarts=0)
