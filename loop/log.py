@@ -168,7 +168,7 @@ def draw(path, rows):
             axes.plot(*zip(*points), label=label, marker="o" if key == "eval_loss" else None)
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.legend()
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    figure.savefig(path, dpi=120)
 
 
 def replace_text(path, content):

@@ -37,7 +37,7 @@ num_attention_heads, num_key_value_heads, head_dim = 4, 2, 8
 num_experts, experts_per_token = 4, 2
 sliding_window, initial_context_length, max_position_embeddings = 8, 16, 64
 seq_len, batch_size, micro_batch, recompute = 32, 4, 2, "none"
-steps, lr, warmup_steps = 20, 2e-3, 5
+steps, lr, warmup_steps = 12, 3e-3, 3
 data, eval_data = "corpus", "held-out"
 """
 
@@ -61,7 +61,7 @@ def write_corpus(folder, documents=300, seed=0, counted=0.75):
 def make_home(folder):
     """A folder to run in: tiny.py and its corpora."""
     write_corpus(folder / "corpus")
-    write_corpus(folder / "held-out", documents=20, seed=1)
+    write_corpus(folder / "held-out", documents=9, seed=1)
     (folder / "tiny.py").write_text(TINY)
     return folder
 
@@ -69,8 +69,9 @@ def make_home(folder):
 class Run:
     """`train.py *arguments` on some ranks, in the folder `home`, started at once."""
 
-    def __init__(self, home, *arguments, ranks=1, prepare=None):
-        """prepare(rank): called on each rank before it begins."""
+    def __init__(self, home, *arguments, ranks=1, prepare=None, program="train"):
+        """prepare(rank): called on each rank before it begins. program: another module than train
+        with a main()."""
         self.home, self.output = home, home / f"output-{os.urandom(4).hex()}"
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
@@ -84,7 +85,7 @@ class Run:
         self.processes = []
         for rank in range(ranks):
             variables = shared | {"RANK": rank, "LOCAL_RANK": rank}
-            inputs = home, self.output, variables, arguments, prepare
+            inputs = home, self.output, variables, program, arguments, prepare
             task = context.Process(target=_rank, args=inputs, daemon=True)
             task.start()
             self.processes.append(task)
@@ -130,17 +131,16 @@ class Run:
         return self
 
 
-def _rank(home, output, variables, arguments, prepare):
+def _rank(home, output, variables, program, arguments, prepare):
     os.chdir(home)
     os.environ |= {name: str(value) for name, value in variables.items()}
     for stream in (1, 2):
         os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-    sys.argv = ["train.py", *arguments]
-    import train
-
+    sys.argv = [f"{program}.py", *arguments]
+    module = importlib.import_module(program)
     if prepare:
         prepare(variables["RANK"])
-    train.main()
+    module.main()
 
 
 def command(program, *arguments, input=b"", encoding="utf-8"):

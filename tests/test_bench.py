@@ -33,6 +33,7 @@ from bench.common import DEVICE, GPU, TINY
 from conftest import ROOT
 from loop.budget import RECOMPUTED, flops_per_token
 from model import GPTOSSConfig
+from runs import Run
 
 RATES_AT_32K = {  # TFLOP/s of an H200
     "qkv": {"forward": 796, "backward": 796},
@@ -261,23 +262,13 @@ def test_rows_floor_and_plot(run, tmp_path):
 
 
 def test_training_on_two_ranks(tmp_path):
-    arguments = [f"--out={tmp_path}", "--rows=4x32,64", "--layers=1"]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "-m",
-        "bench",
-        *arguments,
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    arguments = f"--out={tmp_path}", "--rows=4x32,64", "--layers=1"
+    printed = Run(tmp_path, *arguments, ranks=2, program="bench.__main__").ends_well().text()
     results = json.loads((tmp_path / "train.json").read_text())
     several, one = results["rows"]
     assert (several["row"], several["sp"], several["tokens"]) == ("4 x 32", 1, 128)
     assert (one["row"], one["sp"], one["tokens"]) == ("1 x 64", 2, 64)
-    assert done.stdout.count("4 x 32") == 1, "the first rank alone prints"
+    assert printed.count("4 x 32") == 1, "the first rank alone prints"
     config = replace(TINY, num_hidden_layers=1)
     for row in several, one:
         assert row["tokens_per_second"] == pytest.approx(row["tokens"] / 2 / row["seconds"])

@@ -43,7 +43,7 @@ SIZES = tiny_config(
     max_position_embeddings=64,
 )
 LORA = ["--checkpoint=base", "--lora_rank=3", f"--lora_targets={EVERYTHING}", "--frozen=mxfp4"]
-SIX_STEPS = ["adapters.py", *LORA, "--steps=6", "--save_every=3", "--lr=1e-2"]
+SIX_STEPS = ["adapters.py", *LORA, "--steps=6", "--save_every=3", "--lr=1e-2", "--warmup_steps=5"]
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +197,7 @@ def test_a_resumed_run_repeats_the_last_digit(home, whole):
 
 @pytest.mark.slow
 def test_packed_and_unpacked_train_alike(home):
-    told = ["adapters.py", *LORA, "--steps=3", "--lr=1e-2"]
+    told = ["adapters.py", *LORA, "--steps=3", "--lr=1e-2", "--warmup_steps=5"]
     train(home, *told, "--name=packed")
     train(home, *told, "--frozen=bf16", "--name=unpacked")
     packed, unpacked = (torch.tensor(losses(home, name)) for name in ("packed", "unpacked"))

@@ -5,8 +5,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,13 +13,12 @@ import torch.distributed as dist
 
 import loop.rehearse as rehearsal
 import sp
-from conftest import ROOT
 from loop import guards
 from loop.budget import BYTES, count_parameters, sent_bytes
 from loop.options import Options, model_config, parse
 from loop.plan import settings_of
 from loop.rehearse import KINDS, StandIn, stand_in
-from runs import NO_GPU, Run, make_home
+from runs import Run, make_home
 from train import build_model, build_optimizer, start_ranks, train
 
 KEYS = {"peak_gib", "reserved_gib", "alloc_retries", "dry_run_gib", "seconds", "copy_seconds"}
@@ -106,10 +103,13 @@ def kinds_of(given):
     return set(KINDS) - (set() if "--sp=2" in given else {"all_to_all"})
 
 
-def alone(rank):
-    """As a process that no torchrun started."""
+def without_torchrun(rank):
     for name in "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE":
         os.environ.pop(name)
+
+
+def alone(rank):
+    without_torchrun(rank)
     count_calls(rank)
 
 
@@ -231,10 +231,8 @@ def test_a_rank_has_its_share_of_memory(optimizer):
 
 
 def command(home, *arguments):
-    line = [sys.executable, ROOT / "train.py", "tiny.py", "--rehearse=true", *arguments]
-    done = subprocess.run(line, cwd=home, env=NO_GPU, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    arguments = "tiny.py", "--rehearse=true", *arguments
+    return Run(home, *arguments, prepare=without_torchrun).ends_well().text()
 
 
 def test_a_rehearsal_writes_its_numbers_and_touches_nothing_else(home):
