@@ -226,17 +226,15 @@ def convert(jobs):
         for (name, place), result in zip(job.targets.items(), results, strict=True):
             assert result.shape[1:] == place.shape[1:]
             assert entries == slice(None) or len(result) == entries.stop - entries.start
-            if not numbers(name, result):
+            if not finite(name, result):
                 broken.add(name)
             place.write(entries.start or 0, result)
             bar.update(place.entry_bytes() * len(result))
 
     work = [(job, s) for job in jobs for s in slices([*job.sources, *job.targets.values()])]
     targets = [place for job in jobs for place in job.targets.values()]
-    total, began = (
-        sum(place.shape[0] * place.entry_bytes() for place in targets),
-        time.perf_counter(),
-    )
+    total = sum(place.shape[0] * place.entry_bytes() for place in targets)
+    began = time.perf_counter()
     with ThreadPoolExecutor(THREADS) as pool, tqdm(total=total, unit="B", unit_scale=True) as bar:
         try:
             for _ in pool.map(run, work):  # raises what a slice raised
@@ -249,7 +247,7 @@ def convert(jobs):
     return sorted(broken)
 
 
-def numbers(name, tensor):
+def finite(name, tensor):
     """False if there is NaN or infinity in it. A scale of 255 is NaN; blocks have none."""
     if tensor.is_floating_point():
         return tensor.isfinite().all()

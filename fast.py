@@ -2,8 +2,8 @@
 place.
 
 Nothing here is needed to understand the model. `@faster(twin)` above a definition swaps the twin
-in; `with fast.plain():` swaps all of them out again (switch.py). tests/test_fast.py compares every
-pair, outputs and gradients.
+in; `with fast.plain():` swaps all of them out again (switch.py). tests/test_fast.py compares each
+with its definition, outputs and gradients.
 
 Each optimisation states its gain as the slowdown without it, for forward + backward at 8K and 32K
 tokens of six of the 20b's layers on an H200 (`python -m bench --ablation`; docs/LOG.md,
@@ -49,16 +49,16 @@ def is_small(gib):
 
 
 def tile_sizes(gib):
-    """(EXPERT_TOKENS, LOSS_TOKENS, ATTENTION_BYTES) for a GPU with `gib` GiB. On a small one the
-    tiles of the 20b's experts work in 0.9 GiB."""
-    return (4096, 2048, 2**31) if is_small(gib) else (32 * 1024, 2048, 2**33)
+    """(EXPERT_TOKENS, ATTENTION_BYTES) for a GPU with `gib` GiB. On a small one the tiles of the
+    20b's experts work in 0.9 GiB."""
+    return (4096, 2 * 2**30) if is_small(gib) else (32 * 1024, 8 * 2**30)
 
 
 def fit_tiles(gib):
     """Set the sizes of tiles for a GPU with `gib` GiB."""
-    global EXPERT_TOKENS, LOSS_TOKENS, ATTENTION_BYTES
-    EXPERT_TOKENS, LOSS_TOKENS, ATTENTION_BYTES = sizes = tile_sizes(gib)
-    if sizes != tile_sizes(math.inf):
+    global EXPERT_TOKENS, ATTENTION_BYTES
+    EXPERT_TOKENS, ATTENTION_BYTES = tile_sizes(gib)
+    if is_small(gib):
         say(f"{gib:.1f} GiB: tiles of {EXPERT_TOKENS} tokens in the experts")
 
 
@@ -331,9 +331,8 @@ def sort_by_expert(chosen, num_experts):
     """Sort the R = N k choices (N, k) by expert. Returns order (R), the choice each row comes from;
     expert (R), each row's expert; ends (E), where each expert's rows end; and where (N, k), each
     choice's row."""
-    expert, order = (
-        chosen.flatten().short().sort(stable=True)
-    )  # int16: a radix sort takes 8 bits per pass
+    # int16: a radix sort takes 8 bits per pass
+    expert, order = chosen.flatten().short().sort(stable=True)
     expert = expert.long()
     numbers = torch.arange(num_experts, device=expert.device)
     ends = torch.searchsorted(expert, numbers, right=True, out_int32=True)

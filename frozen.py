@@ -89,6 +89,7 @@ def gather_(out, x, index):
 
 @fused
 def biased_swiglu_(out, h, bias, expert, limit):
+    # __wrapped__: as written, so that the copy is part of its kernel
     out.copy_(fast.biased_swiglu.__wrapped__(h, bias, expert, limit))
 
 
@@ -234,7 +235,7 @@ class FrozenExperts(Experts):
         if chosen.numel() < self.router.out_features and not torch.is_grad_enabled():
             # generation: a few tokens need few experts, and only those are unpacked
             used, chosen = chosen.unique(return_inverse=True)
-            inputs = [x if x is None else x[used] for x in inputs]
+            inputs = [None if each is None else each[used] for each in inputs]
         return frozen_experts(x, chosen, routing, *inputs, self.limit)
 
     def matrix(self, name):

@@ -7,9 +7,8 @@ small rank r; only A and B are trained. B starts at zero, so an adapted model st
     model = GPTOSS.from_checkpoint("checkpoints/gpt-oss-20b", "cuda", recompute="all")
     adapt(model, rank=16, targets="attention")
 
-The experts are nine tenths of the weights. Frozen, they may stay packed as released, in MXFP4 (see
-mxfp4.py), at 4.25 bits a weight: `adapt(..., packed=True)`. A block's experts are unpacked when the
-block runs, and again in its backward, to bitwise the weights that convert_hf.py would make of them.
+The experts are nine tenths of the weights. Frozen, they may stay packed as released, in MXFP4, at
+4.25 bits a weight: see frozen.py. `from_checkpoint` opens such a folder too.
 
 Letters in shapes are model.py's and fast.py's, and r the rank.
 """
@@ -65,7 +64,7 @@ class LowRankRouter(Router):
 # --------------------------------------------------------------------------------------------------
 # Attaching adapters
 
-# Each name that a target can have: where it is in a block, and what replaces it
+# What a target can name, beside MATRICES and WHOLE: where it is in a block
 LINEAR = {"qkv": "attention.qkv", "out": "attention.out", "router": "mlp.router"}
 GROUPS = {"attention": ("qkv", "out"), "experts": MATRICES, "all": (*LINEAR, *MATRICES)}
 WHOLE = "embedding", "unembedding"  # as targets they have no adapters: they are trained themselves
@@ -398,9 +397,13 @@ def identity_of(options):
             for name, value in settings_of(options).items() if name != "base"}  # fmt: skip
 
 
+# --------------------------------------------------------------------------------------------------
+# What convert_hf.py exports: adapters merged into their base
+
+
 @dataclass(frozen=True)
 class Retyped:
-    """What `place` shows, in the dtype that the base has it in."""
+    """What `place` shows, as shards.Place shows a tensor that a file holds, in `dtype`."""
 
     place: object
     dtype: torch.dtype
@@ -417,36 +420,25 @@ class Retyped:
 
 
 @dataclass(frozen=True)
-class Merged:
-    """W + scale A B, as shards.Place shows a matrix that a file holds. `place` shows W."""
+class Merged(Retyped):
+    """The matrix that `place` shows, with its adapters added."""
 
-    place: object
     a: torch.Tensor  # (r, in) or (E, in, r)
     b: torch.Tensor  # (out, r) or (E, r, out)
     scale: float
 
-    @property
-    def shape(self):
-        return self.place.shape
-
-    @property
-    def dtype(self):
-        return self.place.dtype
-
-    def entry_bytes(self):
-        return self.place.entry_bytes()
-
     def __getitem__(self, entries):
         weight = wide(self.place[entries])
-        pair = (
-            (self.b[entries], self.a) if self.a.dim() == 2 else (self.a[entries], self.b[entries])
-        )
-        return (weight + self.scale * (pair[0] @ pair[1]).to(weight.dtype)).to(self.dtype)
+        if self.a.dim() == 2:  # a linear layer's, whose matrix is (out, in)
+            product = self.b[entries] @ self.a
+        else:
+            product = self.a[entries] @ self.b[entries]
+        return (weight + self.scale * product.to(weight.dtype)).to(self.dtype)
 
 
 def places(folder):
-    """({our name: Place, Unpacked or Merged}, problems) of a checkpoint folder, plain, packed or
-    with adapters, as convert_hf.py exports it."""
+    """({our name: Place, Unpacked, Retyped or Merged}, problems) of a checkpoint folder, plain,
+    packed or with adapters."""
     folder = Path(folder)
     if not exists(folder / ADAPTERS):
         found, problems = read_places(folder)
@@ -455,7 +447,7 @@ def places(folder):
 
 
 def merged(folder, settings, stored):
-    """`places` of the base with the adapters in `folder`, {name: Place}, merged into it."""
+    """`places` of the base, with what `folder` trained, `stored` {name: Place}, merged into it."""
     found, problems = places(settings["base"])
     for name in stored.keys() & found.keys():  # trained themselves
         found[name] = Retyped(stored[name], found[name].dtype)
@@ -465,19 +457,20 @@ def merged(folder, settings, stored):
         if weight not in found:
             raise ValueError(f"{folder}: adapters for {weight}, which the base does not have")
         pair = factors[f"{name}lora_a"], factors[f"{name}lora_b"]
-        found[weight] = Merged(found[weight], *pair, settings["alpha"] / settings["rank"])
+        scale = settings["alpha"] / settings["rank"]
+        found[weight] = Merged(found[weight], found[weight].dtype, *pair, scale)
     return found, problems
 
 
 # --------------------------------------------------------------------------------------------------
 # PEFT's layout, https://github.com/huggingface/peft, for transformers' gpt-oss
 
-PEFT_MODULES = {  # ours: theirs, and whether it is a module or a bare parameter
+PEFT_MODULES = {  # ours: theirs
     "attention.qkv.": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "attention.out.": ("self_attn.o_proj",),
 }
 PEFT_WHOLE = {"embedding.weight": "embed_tokens", "unembedding.weight": "lm_head"}
-PEFT_PARAMETERS = {
+PEFT_PARAMETERS = {  # ours: their module, and the parameter in it
     "mlp.router.": ("mlp.router", "weight"),
     "mlp.gate_up_": ("mlp.experts", "gate_up_proj"),
     "mlp.down_": ("mlp.experts", "down_proj"),

@@ -8,7 +8,8 @@ import functools
 import math
 import threading
 import warnings
-from dataclasses import fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,13 +99,15 @@ def read_tensors(folder, tensors):
         dcp.load(tensors, storage_reader=reader, no_dist=True)
 
 
+@dataclass(frozen=True)
 class Stored:
     """A parameter in a state, as shards.Place shows one that a file holds: the ranks' parts are
     joined. A slice reads the whole parameter, and the last two stay in memory."""
 
-    def __init__(self, folder, name, properties, shape, read):
-        self.folder, self.name, self.read = folder, name, read
-        self.dtype, self.shape = properties.dtype, tuple(shape)
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable  # (name, dtype, shape) -> the whole parameter
 
     def entry_bytes(self):
         return math.prod(self.shape[1:]) * self.dtype.itemsize
@@ -131,8 +134,9 @@ def state_places(folder):
     settings, config = adapter_settings(folder), state_config(folder)
     with torch.device("meta"):
         wanted = dict(GPTOSS(config).named_parameters()).keys()
+    # the optimizer's state has names like exp_avg.blocks.0.….lora_a
     places = {
-        name: Stored(folder, name, kept.properties, kept.size, read)
+        name: Stored(name, kept.properties.dtype, tuple(kept.size), read)
         for name, kept in stored_tensors(folder).items()
         if name in wanted or (settings and lora.is_adapter(name) and name.startswith("blocks."))
     }

@@ -7,8 +7,8 @@
         model(tokens, targets).backward()
     with fast.plain("experts", "mean_loss"):   # only these two as stated
 
-Pairs are recorded in PAIRS, so that one test can compare them all. The rest of the project takes
-these names from fast.py.
+Pairs are recorded in PAIRS, so that none can lack a test. The rest of the project takes these names
+from fast.py.
 """
 
 import functools

@@ -451,13 +451,3 @@ def copy_companions(source, folder, patterns=COMPANIONS):
             shutil.copyfile(path, folder / name)
         else:
             print(f"{path} is not copied: it is a link to {path.resolve()}, outside its folder")
-
-
-def publish(aside, folder):
-    """Give the finished folder its name; an older one of that name goes. Replaced by Aside."""
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if exists(folder):
-        folder.rename(old)
-    aside.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)

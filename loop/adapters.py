@@ -28,7 +28,7 @@ def facts(options, config, gpu_gib):
     on_experts = any(name.endswith(("gate_up_lora_a", "down_lora_a")) for name in names)
     written = config.num_experts * config.hidden_size * config.intermediate_size
     written *= options.frozen == "mxfp4" or on_experts
-    tile, _, workspace = tile_sizes(gpu_gib or math.inf)
+    tile, workspace = tile_sizes(gpu_gib or math.inf)
     return {
         "ends": ends,  # embedding and unembedding, if they are trained themselves
         "trained": sum(p.numel() for p in lora.adapters(model).values()),

@@ -83,7 +83,7 @@ SMALL_TILES = {"EXPERT_TOKENS": 9, "LOSS_TOKENS": 8}  # that divide no number of
 
 
 def test_every_pair_has_a_case():
-    """tests/test_lora.py has those of frozen.py."""
+    """tests/test_lora_experts.py has that of frozen.py."""
     ours = {name for name, (f, _) in fast.PAIRS.items() if f.__module__ == "model"}
     assert CASES.keys() == ours
 

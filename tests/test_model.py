@@ -393,6 +393,7 @@ def test_loss_scales_and_needs_no_gradient():
         (torch.zeros(0, 2, dtype=torch.int64), r"\(0, 2\)"),
         (torch.zeros(3, dtype=torch.int64), r"\(B, S\).*\(3,\)"),
         (torch.zeros(1, 2, 3, dtype=torch.int64), r"\(B, S\).*\(1, 2, 3\)"),
+        (torch.tensor([[0, IGNORED, 1]]), r"tokens must lie in \[0, vocab_size=61\); found -100"),
     ],
 )
 def test_wrong_tokens(tokens, message):
