@@ -69,6 +69,7 @@ def start_ranks(options):
     if options.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         torch.use_deterministic_algorithms(True)
+        # or a kernel would fill each new tensor: see memory.ReduceScatter
         torch.utils.deterministic.fill_uninitialized_memory = False
     # past this limit FlexAttention would silently compute S x S scores
     torch._dynamo.config.fail_on_recompile_limit_hit = True
@@ -98,9 +99,9 @@ def fit_card(gib):
     total = torch.cuda.get_device_properties().total_memory / GIB
     if 0 < gib < total:
         torch.cuda.set_per_process_memory_fraction(gib / total)
-    fast.fit_tiles(min(gib or total, total))
-    if fast.is_small(min(gib or total, total)):
-        memory.AHEAD = 0
+    gib = min(gib or total, total)
+    fast.fit_tiles(gib)
+    memory.AHEAD = memory.ahead(gib)
 
 
 def computed_in(device):
@@ -126,7 +127,8 @@ def build_model(options, config, device, mesh, dtype):
     whole = set()  # parameters of which every rank holds all
     if options.lora_rank:
         lora.adapt_as(options, model.to(dtype), stored)
-        whole = set() if options.shard_frozen else set(lora.base(model).values())
+        if not options.shard_frozen:
+            whole = set(lora.base(model).values())
     else:
         model = model.to(stored)
     for module in [*model.blocks, model]:
@@ -169,7 +171,7 @@ def build_optimizer(options, model):
 
 
 def gradient_norm_squared(model):
-    """The squared norm of this rank's shards of all gradients, fp32."""
+    """The squared norm of this rank's shards of all gradients: norms in fp32, their sum in fp64."""
     gradients = [p.grad.to_local() for p in model.parameters() if p.grad is not None]
     norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
     return torch.stack(norms).double().square().sum()

@@ -121,7 +121,7 @@ def measure(model, optimizer, S, settings):
     blocks, losses = model.blocks, []
     total = torch.cuda.get_device_properties(DEVICE).total_memory / GIB if GPU else math.inf
     fast.fit_tiles(settings["limit"] or total)
-    memory.AHEAD = 0 if fast.is_small(settings["limit"] or total) else 2**30
+    memory.AHEAD = memory.ahead(settings["limit"] or total)
     lora.embed_on_host(model)
     if not settings["offload"]:
         model.embedding.to(DEVICE)
@@ -179,5 +179,4 @@ def section(options, config, results):
         row = {"row": length(S), "tokens": S, "targets": wanted, "most": most, "least": least}
         row |= settings | attempt(measure, model, optimizer, S, settings)
         results.add("rows", row)
-        say_row(COLUMNS, {k: str(v) if k in ("most", "least", "limit") else v
-                          for k, v in row.items() if v is not None})  # fmt: skip
+        say_row(COLUMNS, row)

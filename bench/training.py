@@ -23,7 +23,14 @@ from bench.speed import SPEED, measure_steps
 from loop import plan
 from loop.memory import HostMemory
 from loop.options import Options
-from train import all_sum, build_model, build_optimizer, gradient_norm_squared, start_ranks
+from train import (
+    all_sum,
+    build_model,
+    build_optimizer,
+    gradient_norm_squared,
+    scale_gradients_,
+    start_ranks,
+)
 
 
 def exposed(communication, computation):
@@ -69,7 +76,7 @@ def training_step(model, optimizer, tokens, targets, documents, count, offload):
     if not math.isfinite(loss + square):
         raise ValueError(f"the loss is {loss}, the squared norm of the gradient {square}")
     if square > 1:
-        torch._foreach_mul_([p.grad for p in model.parameters()], square**-0.5)
+        scale_gradients_(model, square**-0.5)
     synchronize()
     middle = time.perf_counter()
     optimizer.step()

@@ -5,9 +5,9 @@ import math
 import torch
 
 import lora
-from fast import head_groups, is_small, tile_sizes
+from fast import head_groups, tile_sizes
+from loop import memory
 from loop.budget import BYTES, LOSS_TOKENS
-from loop.memory import AHEAD
 from model import GPTOSS
 
 # Seconds per weight of the experts to unpack them for a forward and a backward: what three steps
@@ -38,7 +38,7 @@ def facts(options, config, gpu_gib):
         "shared": options.shard_frozen,
         "tile": tile,
         "workspace": workspace,
-        "ahead": 0 if is_small(gpu_gib or math.inf) else AHEAD,
+        "ahead": memory.ahead(gpu_gib or math.inf),
     }
 
 

@@ -2,7 +2,6 @@
 plot of the loss, and, if asked, the same numbers to Weights & Biases."""
 
 import dataclasses
-import functools
 import json
 import math
 import secrets
@@ -82,11 +81,8 @@ class Log:
         frozen = self.options.lora_rank > 0
         flops = sum(flops_of(self.config, documents, frozen) for _, _, documents in batches)
         flops, imbalance = measure(self.model, flops / self.options.sp)  # waits for the GPU
-        seconds, ranks, done = (
-            time.perf_counter() - self.began,
-            dist.get_world_size(),
-            values["step"] + 1,
-        )
+        seconds = time.perf_counter() - self.began
+        ranks, done = dist.get_world_size(), values["step"] + 1
         speed = self.options.batch_size * self.options.seq_len / seconds
         values |= {
             "epoch": done * self.options.batch_size / self.data.sequences_per_epoch,
@@ -224,7 +220,6 @@ def describe_plan(options, data):
     return plan
 
 
-@functools.cache
 def width(steps):
     """Digits of the largest step number."""
     return len(str(steps - 1))

@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
 
+import fast
+
 # --------------------------------------------------------------------------------------------------
 # Optimizer
 
@@ -169,6 +171,13 @@ class ReduceScatter:
 # larger one comes when it is needed: the GPU holds one less, and that wait is short beside what a
 # block of so many tokens takes; by arithmetic, at 50 GB/s, 1.5 % at 128K tokens of the 20b.
 AHEAD = 2**30
+
+
+def ahead(gib):
+    """AHEAD for a GPU with `gib` GiB: on a small one nothing is fetched early."""
+    return 0 if fast.is_small(gib) else 2**30
+
+
 # Elements copied at a time. PyTorch rounds pinned memory up to a power of two; this is one.
 PIECE = 4 * 2**20
 

@@ -122,8 +122,11 @@ class Options(GPTOSSConfig):
             )
 
 
-CHOICES = {"optimizer": ("fp32", "split"), "recompute": ("none", "attention", "all")}
-CHOICES["frozen"] = ("bf16", "mxfp4")
+CHOICES = {
+    "optimizer": ("fp32", "split"),
+    "recompute": ("none", "attention", "all"),
+    "frozen": ("bf16", "mxfp4"),
+}
 MAY_BE_ZERO = {"epochs", "eval_every", "gpu_gib", "grad_clip", "keep_blocks", "save_every", "seed"}
 MAY_BE_ZERO |= {"lora_rank", "stop_after", "warmup_steps", "weight_decay"}
 
@@ -211,9 +214,9 @@ def parse(arguments, usage):
         if not Path(path).is_file():
             raise ValueError(f"config file {path} does not exist; this project's are in configs/")
         assigned = run_config(path)
-    for name, value in {**assigned, **typed}.items():
-        check_option(name, value)
     given = {**assigned, **typed}
+    for name, value in given.items():
+        check_option(name, value)
     for one, other in ("steps", "epochs"), ("epochs", "steps"):
         if one in typed and other not in typed:
             given.pop(other, None)  # the command line's wins over the config file's

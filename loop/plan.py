@@ -113,13 +113,8 @@ def seconds(config, settings, gbps=350):
 def fastest(config, settings, room, choices):
     """The settings with the least estimated time that need at most `room` bytes, or None. choices:
     dictionaries of what may differ from `settings`."""
-    found = None, None
-    for choice in choices:
-        tried = settings | choice
-        time = seconds(config, tried)
-        if (found[0] is None or time < found[0]) and peak(config, tried) <= room:
-            found = time, tried
-    return found[1]
+    tried = sorted((settings | choice for choice in choices), key=lambda s: seconds(config, s))
+    return next((s for s in tried if peak(config, s) <= room), None)
 
 
 def recomputations(layers):

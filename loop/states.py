@@ -404,7 +404,7 @@ def examine_numbers(folder, files):
     if files:
         with ThreadPoolExecutor() as pool:
             found = pool.map(lambda name: fingerprint(folder / name), names)
-        wrong = [name for name, print in zip(names, found) if print != numbers["files"][name]]
+        wrong = [name for name, mark in zip(names, found) if mark != numbers["files"][name]]
         if wrong:
             return None, f"{', '.join(wrong)} has another size or checksum"
     return {"skipped": 0} | numbers, None

@@ -1,6 +1,7 @@
 """Options: reading them, help, hints, and what a dry run makes of them."""
 
 import dataclasses
+import importlib
 import math
 import os
 import re
@@ -288,3 +289,10 @@ def test_dry_run_counts_every_option_of_memory(monkeypatch, capsys):
 
 def test_help_is_not_longer_than_two_screens():
     assert len(help_text("usage").splitlines()) < 70
+
+
+def test_nothing_is_said_of_an_import_that_was_made_before(monkeypatch):
+    """PyTorch is here already, as for every program that imports train.py after it."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    patience = importlib.reload(importlib.import_module("loop.patience"))
+    assert not patience._timer.is_alive()
