@@ -372,8 +372,8 @@ class Decoder:
     def stream(self, prompts, max_tokens, stop=(), seeds=None):
         """Yield (number of the prompt, token, its log p) as they come. Arguments: see generate.
 
-        A GPU is one step ahead: it computes the next token while this one is looked at. The step
-        after a sequence's last token may be in vain, and is not read."""
+        Where steps are captured, the GPU is one ahead: it computes the next token while this one
+        is looked at. The step after a sequence's last token may be in vain, and is not read."""
         seeds = range(len(prompts)) if seeds is None else seeds
         waiting, running, flights = deque(enumerate(zip(prompts, seeds))), {}, deque()
         free = list(range(self.slots))

@@ -26,7 +26,7 @@ import torch
 
 import fast
 import lora
-from chat import render_bytes, render_harmony
+from chat import START, render_bytes, render_harmony
 from generate import Decoder, cache_bytes, check_request, room_for
 from model import GPTOSS, GPTOSSConfig
 from snapshots import adapter_settings, find_state, load_state, state_config
@@ -138,7 +138,7 @@ def chat_prompt(messages, tokenizer, system="", reasoning=None):
         rendered, opening = render_bytes(chat), tokenizer.encode("<|start|>assistant")
     else:
         rendered = render_harmony(chat, tokenizer)
-        opening = [int(rendered[0][2][0]), *tokenizer.encode("assistant")]
+        opening = [START, *tokenizer.encode("assistant")]
     tokens = [int(token) for _, _, *parts in rendered for part in parts for token in part]
     return tokens + opening
 

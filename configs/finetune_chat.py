@@ -1,5 +1,5 @@
-"""Teach the model of configs/tiny.py to answer which of Python's keywords does what. A minute on a
-laptop, no download.
+"""Teach the model of configs/tiny.py to answer which of Python's keywords does what, on a
+laptop, without a download.
 
 torchrun --nproc_per_node 2 train.py configs/tiny.py  # the model to start from, runs/tiny/model
 python configs/finetune_chat.py data/chat.jsonl       # writes the chats: see the end of this file

@@ -16,7 +16,7 @@ micro_batch = 1
 
 optimizer = "fp32"  # 335 GB over eight GPUs: 42 GB each
 recompute = "all"
-offload = True  # a block's input is 0.7 GiB: 17 GiB of host memory for each GPU
+offload = True  # 25 inputs of 0.7 GiB: 18 GiB of host memory for each GPU
 
 steps = 100
 lr, warmup_steps = 1e-5, 10

@@ -19,10 +19,11 @@ seq_len = 16 * 1024
 batch_size, micro_batch = 4, 1  # 65,536 tokens per step = 4 micro-batches x 16,384 tokens
 recompute = "all"  # a peak of 18.3 GiB, measured on an H100
 
-# A 24 GB card, 64K or 128K tokens: offload = True (18 and 22 GiB by the dry run's arithmetic).
-# A 16 GB card: seq_len = 4096 and offload = True (14 GiB).
+# By the dry run, a 24 GB card, 64K or 128K tokens: offload = True (18 and 22 GiB).
+# By the dry run, a 16 GB card: seq_len = 4096 and offload = True (14 GiB).
 # An 80 GB card, 32K tokens, faster and with adapters on the experts too: lora_rank = 8,
-#     lora_targets = "attention,experts", recompute = "attention", keep_blocks = 8 (47 GiB).
+#     lora_targets = "attention,experts", recompute = "attention", keep_blocks = 8 (measured:
+#     46.8 GiB).
 # Two or more GPUs: torchrun --nproc_per_node 2 train.py configs/gptoss_lora.py --sp=2
 
 steps = 200

@@ -18,8 +18,8 @@ alone. Old and new log probabilities take the same routes, so their ratio starts
 The tiny model starts where it knows how an answer looks, and seldom the right one. Its first layer
 stays as it is: a token that goes to another expert there can undo every answer.
 
-`questions` and `reward` are yours to replace. Options are train.py's, but those about data, saved
-states and offload do nothing here. The real model, on eight GPUs:
+`questions` and `reward` are yours to replace. Options are train.py's, but those about data and
+saved states do nothing here. The real model, on eight GPUs:
 
     torchrun --nproc_per_node 8 -m examples.grpo --checkpoint=checkpoints/gpt-oss-20b \\
         --lora_rank=16 --lr=1e-4 --seq_len=2048 --micro_batch=4 --recompute=attention

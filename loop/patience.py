@@ -6,7 +6,7 @@ import threading
 
 _timer = threading.Timer(1, print, ["importing PyTorch ..."], {"file": sys.stderr})
 _timer.daemon = True
-if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
+if sys.stderr.isatty() and "torch" not in sys.modules and os.environ.get("RANK", "0") == "0":
     _timer.start()
 
 

@@ -141,7 +141,8 @@ def adapted(home, name):
 def goes_on_elsewhere(home, name, *more):
     """Three steps on two ranks and three on one make the losses of the run "whole"."""
     train(home, *SIX_STEPS, "--steps=3", f"--name={name}", *more, ranks=2)
-    train(home, *SIX_STEPS, "--resume=true", f"--name={name}")
+    text = train(home, *SIX_STEPS, "--resume=true", f"--name={name}")
+    assert "goes on after step 2\n" in text
     found, expected = (torch.tensor(losses(home, which)) for which in (name, "whole"))
     assert relative(found, expected) < 1e-5
 
@@ -189,7 +190,8 @@ def test_a_run_goes_on_with_whole_copies(home, whole, more):
 @pytest.mark.slow
 def test_a_resumed_run_repeats_the_last_digit(home, whole):
     train(home, *SIX_STEPS, "--steps=3", "--name=digits")
-    train(home, *SIX_STEPS, "--resume=true", "--name=digits")
+    text = train(home, *SIX_STEPS, "--resume=true", "--name=digits")
+    assert "goes on after step 2\n" in text
     assert losses(home, "digits") == losses(home, "whole")
     first, second = adapted(home, "digits"), adapted(home, "whole")
     assert all(torch.equal(first[name], second[name]) for name in second)

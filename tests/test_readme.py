@@ -40,7 +40,8 @@ STAND_INS = {  # a command of the README: what is added to it here; None: it doe
     "pip install openai-harmony": None,
     "python convert_hf.py openai/gpt-oss-20b": "",  # a folder of that name stands for the Hub's
     "python data.py corpus.jsonl --out data/corpus": "--tokenizer=bytes",
-    "python train.py configs/gptoss_64k.py --dry_run": "",
+    "python train.py configs/gptoss_64k.py --dry_run --gpu_gib=80": "",
+    "python -m bench --curves": None,
     "torchrun --nproc_per_node 8 train.py configs/gptoss_64k.py --steps=400": SMALL_RUN,
     'python sample.py runs/gptoss_64k "Why is the sky blue?"': "--max_tokens=3",
     "python convert_hf.py --export runs/gptoss_64k --out my-model": "",

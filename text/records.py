@@ -302,10 +302,10 @@ class Reader:
         header = {key: message.pop(key, None) for key in ("name", *HARMONY_KEYS)}
         getattr(self, f"read_{role}")(message, header, weight != 0)
 
-    def read_user(self, message, header, counted, role="user"):
+    def read_user(self, message, header, counted):
         if not message.get("content") and message.get("content") != "":
-            raise ValueError(f"{role} message has no content: it needs content")
-        self.add(role, self.content(role, message["content"]), counted, **header)
+            raise ValueError("user message has no content: it needs content")
+        self.add("user", self.content("user", message["content"]), counted, **header)
 
     def read_system(self, message, header, counted, role="system"):
         for key in ("tools", "functions"):

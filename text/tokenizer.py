@@ -48,9 +48,7 @@ class HarmonyTokenizer(Tokenizer):
     def __init__(self):
         try:
             self.vocabulary = tiktoken.get_encoding(self.name)
-        except (
-            Exception
-        ) as error:  # the network's, the file system's, a wrong checksum, an old package
+        except Exception as error:  # network, file system, a wrong checksum, an old package
             raise OSError(
                 f"cannot load the {self.name} vocabulary ({' '.join(str(error).split())[:300]}): "
                 f"connect once, or set TIKTOKEN_CACHE_DIR to a folder that holds it, "
