@@ -1,9 +1,9 @@
 """The model as train.py runs it on several ranks, FSDP2 and Ulysses together, against the plain one
 on one rank: the loss, logprobs and every gradient.
 
-On CPU ranks with small sizes; on two GPUs with the 20b's layers, over NCCL, compiled, recomputed,
-offloaded. There `pytest -s -m gpu tests/test_fsdp.py` prints the differences; each case compiles
-for more than a minute.
+On CPU ranks with small sizes; on two, four or eight GPUs with the 20b's layers, over NCCL,
+compiled, recomputed, offloaded. There `pytest -s -m gpu tests/test_fsdp.py` prints the differences;
+each case compiles for more than a minute.
 
 Errors in bf16 are measured in units of another one: the difference that it makes to round the
 weights to bf16 in another way. On a CPU a quarter of it is allowed; rotary tables in bf16, to which
@@ -44,10 +44,17 @@ CASES = {  # ranks, options, whether two documents share a sequence
     ),
     "dp 2, offload": (2, {"sp": 1, "recompute": "all", "offload": True}, False),
     "dp 2, sp 2": (4, {"sp": 2, "recompute": "all"}, True),
+    "sp 4": (4, {"sp": 4, "recompute": "attention"}, False),
     "replicas of dp 2": (4, {"sp": 1, "replicas": 2, "recompute": "attention"}, False),
+    "sp 8": (8, {"sp": 8, "recompute": "attention"}, False),
+    "sp 4, documents": (8, {"sp": 4, "recompute": "all"}, True),
+    "sp 2, replicas of four ranks": (8, {"sp": 2, "replicas": 2, "recompute": "all"}, True),
+    "dp 8, two blocks kept": (8, {"sp": 1, "recompute": "attention", "keep_blocks": 2}, False),
 }
 # grouped matmuls in bf16 want sizes that 8 divides
-SMALL = tiny_config(hidden_size=24, intermediate_size=16, num_key_value_heads=6)
+SMALL = tiny_config(
+    hidden_size=24, intermediate_size=16, num_attention_heads=16, num_key_value_heads=4
+)
 TRUE = GPTOSSConfig(num_hidden_layers=2, vocab_size=8192)
 
 
@@ -171,6 +178,11 @@ def test_every_gradient_is_that_of_one_rank(ranks):
     assert_ranks_equal_one(ranks, (1 / 4, 1 / 4), SMALL, 24, "cpu")
 
 
+@pytest.mark.slow
+def test_every_gradient_is_that_of_one_rank_on_eight():
+    assert_ranks_equal_one(8, (1 / 4, 1 / 4), SMALL, 24, "cpu")
+
+
 def logprobs_on_ranks(told):
     """(logprobs of the whole batch, {every gradient of a weighted sum of them}), as build_model's
     model gives them and as the plain model on one rank does."""
@@ -215,7 +227,8 @@ def test_logprobs_of_the_sharded_model(told):
 
 
 @pytest.mark.gpu
-def test_every_gradient_is_that_of_one_rank_at_the_20bs_layers():
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
-    assert_ranks_equal_one(2, (1, 1 / 2), TRUE, 4096, "cuda", backend="nccl", timeout=900)
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_every_gradient_is_that_of_one_rank_at_the_20bs_layers(ranks):
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs")
+    assert_ranks_equal_one(ranks, (1, 1 / 2), TRUE, 4096, "cuda", backend="nccl", timeout=900)
