@@ -14,6 +14,7 @@ else to stderr.
 
 import argparse
 import contextlib
+import functools
 import os
 import sys
 import time
@@ -29,7 +30,7 @@ import lora
 from chat import START, render_bytes, render_harmony
 from generate import Decoder, cache_bytes, check_request, room_for
 from model import GPTOSS, GPTOSSConfig
-from snapshots import adapter_settings, find_state, load_state, state_config
+from snapshots import adapter_settings, find_state, load_state, state_config, state_dtype
 from text.answers import parse, readable, text_of
 from text.records import EFFORTS, Chat, drop_history
 from text.tokenizer import TOKENIZERS, ByteTokenizer, HarmonyTokenizer, get_tokenizer
@@ -44,8 +45,8 @@ MAX_TOKENS = 1000  # of a text that goes on; an answer in a chat may fill the co
 
 
 class Source(NamedTuple):
-    """A model that can be loaded: load(device) -> GPTOSS, its size in bytes, its dtype, and the
-    name of the tokenizer that its run recorded, or None."""
+    """A model that can be loaded: load() -> GPTOSS, its size in bytes, its dtype, and the name of
+    the tokenizer that its run recorded, or None."""
 
     config: GPTOSSConfig
     load: Callable
@@ -54,23 +55,23 @@ class Source(NamedTuple):
     tokenizer: str | None
 
 
-def locate(folder, state=None):
-    """The Source of a converted checkpoint, a training run or its model/, or a run's saved state:
-    the state's folder, or a run and `state`, see find_state. ValueError if there is none."""
+def locate(folder, device, state=None):
+    """The Source, on `device`, of a converted checkpoint, a training run or its model/, or a run's
+    saved state: the state's folder, or a run and `state`, see find_state. ValueError if there is
+    none."""
     if path := find_state(folder, state):
         config = state_config(path)
         recorded = read_json(path.parent.parent / "config.json").get("tokenizer")
-
-        def load(device):  # trained in bf16 on a GPU, whatever the optimizer stores
-            return load_state(path, device, torch.bfloat16 if device.type == "cuda" else None)
-
+        # trained in bf16 on a GPU, whatever the optimizer stores
+        dtype = torch.bfloat16 if device.type == "cuda" else None
+        load = functools.partial(load_state, path, device, dtype)
         if settings := adapter_settings(path):  # their base's weights count
             source = Path(settings["base"])
             size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
             return Source(config, load, size, stored_dtype(source), recorded)
         with torch.device("meta"):
             size = sum(p.numel() for p in GPTOSS(config).parameters())
-        dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+        dtype = dtype or state_dtype(path)
         return Source(config, load, size * dtype.itemsize, dtype, recorded)
     found = find_model(folder)
     if found.layout not in ("ours", "adapters"):
@@ -82,10 +83,7 @@ def locate(folder, state=None):
         source = Path(lora.read_settings(found.weights)["base"])
     size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
     config = GPTOSSConfig.from_json(source / "config.json")
-
-    def load(device):
-        return lora.from_checkpoint(found.weights, device)
-
+    load = functools.partial(lora.from_checkpoint, found.weights, device)
     return Source(config, load, size, stored_dtype(source), found.tokenizer)
 
 
@@ -244,16 +242,16 @@ def write(
 
     chat: whether the prompt is a user's message or the beginning of a text; None: a message if the
     vocabulary is the released one. Errors are found before the weights are read."""
-    source, out = locate(folder, state), sys.stdout
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device={device}: this machine or this PyTorch has no CUDA GPU")
+    source, out = locate(folder, device, state), sys.stdout
     name = tokenizer or source.tokenizer
     if name is None:
         name = HarmonyTokenizer.name
         other = "--tokenizer=... chooses another"
         print(f"{folder} does not say its tokenizer: {name}; {other}", file=sys.stderr)
     tokenizer, config = get_tokenizer(name), source.config
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device={device}: this machine or this PyTorch has no CUDA GPU")
     if config.vocab_size < tokenizer.vocab_size:
         other = " or ".join(TOKENIZERS.keys() - {name})
         raise ValueError(
@@ -282,7 +280,7 @@ def write(
         capacity = min(len(tokens) + room_for(config, tokens, most), capacity)
     check_memory(folder, source, capacity, device)
 
-    model = source.load(device)
+    model = source.load()
     texts = drawable(config.vocab_size, tokenizer)
     decoder = Decoder(model, 1, capacity, temperature, top_p, texts)
     if prompt is None:

@@ -143,6 +143,12 @@ def state_places(folder):
     return lora.merged(folder, settings, places) if settings else (places, [])
 
 
+def state_dtype(folder):
+    """The dtype in which a state holds its parameters; bf16 if it has not the first."""
+    first = stored_tensors(folder).get("embedding.weight")
+    return first.properties.dtype if first else torch.bfloat16
+
+
 def load_state(folder, device="cpu", dtype=None):
     """The model in a state, in `dtype` or as it is stored. What adapters leave as it was comes from
     their base. ValueError if the state lacks a parameter."""
@@ -153,9 +159,7 @@ def load_state(folder, device="cpu", dtype=None):
         wanted = lora.adapters(model)
     else:
         with torch.device("meta"):
-            model = GPTOSS(state_config(folder))
-        first = next(iter(dict(model.named_parameters())))
-        model = model.to(stored[first].properties.dtype if first in stored else torch.bfloat16)
+            model = GPTOSS(state_config(folder)).to(state_dtype(folder))
         wanted = dict(model.named_parameters())
     if missing := sorted(wanted.keys() - stored.keys()):
         raise ValueError(f"{folder} lacks {missing[0]} and {len(missing) - 1} others")

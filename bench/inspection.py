@@ -119,7 +119,7 @@ def show(folder, text):
     """Print what the model in `folder`, see sample.locate, does with a text. SystemExit with one
     line for a folder or a text that will not do."""
     try:
-        source = sample.locate(folder)
+        source = sample.locate(folder, DEVICE)
         tokenizer = get_tokenizer(source.tokenizer or HarmonyTokenizer.name)
         if source.config.vocab_size < tokenizer.vocab_size:
             raise ValueError(
@@ -131,7 +131,7 @@ def show(folder, text):
             most = source.config.max_position_embeddings
             raise ValueError(f"a text of {len(tokens)} tokens: {folder} takes 1 to {most}")
         sample.check_memory(folder, source, len(tokens), DEVICE)
-        model = source.load(DEVICE)
+        model = source.load()
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     found = inspect(model, torch.tensor([tokens], device=DEVICE))

@@ -94,7 +94,7 @@ def test_the_definition_of_attention():
 def test_command(folders, folder, capsys):
     bench.main(["--inspect", str(folders / folder), "naïve\x1b"])
     printed = capsys.readouterr().out
-    model = sample.locate(folders / folder).load(torch.device("cpu"))
+    model = sample.locate(folders / folder, torch.device("cpu")).load()
     tokens = torch.tensor([list("naïve\x1b".encode())])
     found = inspect(model, tokens)
     assert f"entropy {found.entropy.mean():.2f} nats on average" in printed

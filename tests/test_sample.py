@@ -29,6 +29,7 @@ from sample import chat_prompt, drawable, locate, write
 from snapshots import find_state, load_state
 from text.tokenizer import ByteTokenizer, get_tokenizer
 
+CPU = torch.device("cpu")
 BYTES = get_tokenizer("bytes")
 SIZES = {"vocab_size": 300, "max_position_embeddings": 128}
 
@@ -169,8 +170,8 @@ def test_a_folder_that_does_not_say_its_tokenizer(folders, capsys):
     with pytest.raises(ValueError, match="has 300 tokens, o200k_harmony has 201088: choose --tok"):
         write(folders / "converted", "Hi", chat=False)
     assert "o200k_harmony; --tokenizer=... chooses another" in capsys.readouterr().err
-    assert locate(folders / "converted").tokenizer is None
-    assert locate(folders / "runs/fake").tokenizer == "bytes"
+    assert locate(folders / "converted", CPU).tokenizer is None
+    assert locate(folders / "runs/fake", CPU).tokenizer == "bytes"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -309,10 +310,10 @@ def test_a_chat(folders, capsys, monkeypatch):
     prompts = says(answers, monkeypatch)
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n\nCall\nTell\nGo\n" + "long " * 60 + "\n"))
     monkeypatch.setattr(sample, "check_memory", lambda *_: None)
-    source = sample.locate(folders / "runs/fake")
+    source = sample.locate(folders / "runs/fake", CPU)
     wide_ = source.config.__class__(**vars(source.config) | {"max_position_embeddings": 260})
     wide_model = GPTOSS(wide_)
-    changed = source._replace(config=wide_, load=lambda device: wide_model)
+    changed = source._replace(config=wide_, load=lambda: wide_model)
     monkeypatch.setattr(sample, "locate", lambda *_: changed)
     write("x", device="cpu", seed=5)
     printed = capsys.readouterr()

@@ -18,6 +18,7 @@ from sample import locate
 from snapshots import adapter_settings, find_state, load_state, state_places
 from weights import find_model
 
+CPU = torch.device("cpu")
 TOLD = ("--steps=6", "--save_every=3", "--lr=1e-2")
 
 
@@ -93,6 +94,13 @@ def test_an_earlier_state(tmp_path, capsys):
     assert any(name.endswith("_blocks") for name in packed)
 
 
+def test_the_size_of_a_state_is_that_on_its_device():
+    """A GPU computes in bf16; a CPU in what is stored, whether or not there is a GPU too."""
+    on_cpu, on_gpu = (locate("runs/full", torch.device(name), "last") for name in ("cpu", "cuda"))
+    assert (on_cpu.dtype, on_gpu.dtype) == (torch.float32, torch.bfloat16)
+    assert on_cpu.size == 2 * on_gpu.size == 4 * sum(p.numel() for p in on_cpu.load().parameters())
+
+
 @torch.no_grad()
 def test_a_state_of_adapters_before_there_is_a_model(tmp_path):
     state = find_state("runs/lora", "last")
@@ -104,9 +112,9 @@ def test_a_state_of_adapters_before_there_is_a_model(tmp_path):
     assert not torch.equal(expected, GPTOSS.from_checkpoint("runs/full/model")(tokens))
     assert torch.equal(load_state(state)(tokens), expected)
     assert torch.equal(load_state(find_state("runs/ended", "last"))(tokens), expected)
-    source = locate("runs/lora", "last")
-    assert torch.equal(source.load(torch.device("cpu"))(tokens), expected)
-    assert source.size == locate("runs/ended").size and source.tokenizer == "bytes"
+    source = locate("runs/lora", CPU, "last")
+    assert torch.equal(source.load()(tokens), expected)
+    assert source.size == locate("runs/ended", CPU).size and source.tokenizer == "bytes"
     found, merged = exported(tmp_path / "a", str(state)), exported(tmp_path / "b", "runs/ended")
     assert all(same_bits(found[name], merged[name]) for name in merged)
     import_checkpoint(str(tmp_path / "a"), tmp_path / "again")
