@@ -52,8 +52,8 @@ def dequantize_by_bits(blocks, scales):
     codes = torch.stack((blocks & 15, blocks >> 4), -1).flatten(-2)  # (..., G, 32)
     code = (codes & 7).to(torch.int16)  # two bits of exponent, one of mantissa; 1 is subnormal: 0.5
     bits = torch.where(code > 1, (126 << 7) + (code << 6), code * (126 << 7))
-    values = bits.view(torch.bfloat16)
-    values = torch.where(codes > 7, -values, values)
+    # the sign, as a bit too: a compiled -values has no minus zero on a GPU
+    values = torch.where(codes > 7, bits | -0x8000, bits).view(torch.bfloat16)
     exponent = scales.to(torch.int16)
     bits = torch.where(exponent == 255, 0x7FC0, exponent << 7)  # NaN, or a mantissa of zero
     bits = torch.where(exponent == 0, 0x40, bits)  # 2 ** -127 is subnormal in bf16

@@ -206,6 +206,7 @@ def test_offload_on_a_gpu(ahead, monkeypatch):
 
 
 @pytest.mark.gpu
+@fast.plain("cudnn_sink_attention")  # whose backward differs from run to run
 def test_packed_and_unpacked_at_the_20bs_sizes():
     """Logits and gradients of attention's adapters bitwise, where the unpacked experts lie in
     memory as packed ones are unpacked; new adapters on everything change no bit."""
