@@ -51,6 +51,11 @@ def alone():
         _group = before
 
 
+def group():
+    """The process group that shares each sequence, or None."""
+    return _group
+
+
 def size():
     return dist.get_world_size(_group) if _group else 1
 

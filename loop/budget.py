@@ -244,6 +244,8 @@ def sent_bytes(
     shards, L = ranks // replicas, config.num_hidden_layers
     ends = 2 * config.vocab_size * config.hidden_size + config.hidden_size
     summed = 2 if adds_in_bf16(ranks, optimizer) else 4
+    # memory.ReduceScatter sends what is kept in bf16 in bf16, and adds it up in fp32
+    scattered = 2 if optimizer != "fp32" and replicas == 1 else summed
     # weights are gathered for the forward and again for the backward, those outside of blocks once
     gathered = 2 * (2 * (parameters - ends) + ends)
     if adapters:  # `parameters` are theirs, and frozen weights are gathered only if they are shared
@@ -258,7 +260,7 @@ def sent_bytes(
     exchanged = 2 * tokens * (2 * L + replayed) * (qkv + heads)
     per_micro_batch = {
         "all_gather": gathered * (shards - 1) // shards,
-        "reduce_scatter": summed * parameters * (shards - 1) // shards,
+        "reduce_scatter": scattered * parameters * (shards - 1) // shards,
         "all_to_all": exchanged * (sp - 1) // sp,
         "all_reduce": 2 * summed * parameters // shards * (replicas - 1) // replicas,
     }

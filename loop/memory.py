@@ -127,7 +127,8 @@ class ReduceScatter:
     driver. On two H200s this took a fifth of a step: docs/LOG.md, 2026-11-24.
 
     FSDP hands over and takes back gradients in the dtype they are kept in; the ranks' gradients are
-    summed in `dtype`. (FSDP can sum in fp32 by itself, but then makes the bf16 copy that is kept in
+    summed in `dtype`. Gradients in bf16 to be summed in fp32 are sent in bf16, half as many bytes,
+    and added up here. (FSDP can sum in fp32 by itself, but then makes the bf16 copy that is kept in
     its own stream's memory: on eight ranks 9 GiB lay reserved and unused.)
 
     For FSDPModule.set_custom_reduce_scatter; create it on the computing stream. FSDP's stream has
@@ -151,16 +152,16 @@ class ReduceScatter:
         return x
 
     def __call__(self, output_tensor, input_tensor, group, op, async_op=False):
-        # reduce_scatter_tensor was its name before PyTorch 2.13
-        run = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         if input_tensor.dtype == self.dtype:
+            # reduce_scatter_tensor was its name before PyTorch 2.13
+            run = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
             return run(output_tensor, input_tensor, op, group, async_op)
-        wide, total = (
-            self.allocate(x.shape, dtype=self.dtype, device=x.device)
-            for x in (input_tensor, output_tensor)
+        received = self.allocate(
+            input_tensor.shape, dtype=input_tensor.dtype, device=input_tensor.device
         )
-        run(total, wide.copy_(input_tensor), op, group)
-        output_tensor.copy_(total)
+        dist.all_to_all_single(received, input_tensor, group=group)
+        parts = received.view(dist.get_world_size(group), -1)
+        torch.sum(parts, 0, out=output_tensor.view(-1))  # bf16 is added up in fp32, rounded once
 
 
 # --------------------------------------------------------------------------------------------------

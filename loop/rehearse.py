@@ -98,8 +98,10 @@ class StandIn(dist.ProcessGroup):
 
     def all_to_all_single(self, output, given, output_sizes, input_sizes, opts=None):
         """Integers number the documents of this rank's slice of a sequence: those of the others'
-        slices get numbers of their own."""
-        with self.call("all_to_all", given.nbytes - given.nbytes // self.ranks):
+        slices get numbers of their own. Outside of sp's group an all-to-all is half of a
+        reduce-scatter, see memory.ReduceScatter, and counted as one."""
+        kind = "all_to_all" if self is sp.group() else "reduce_scatter"
+        with self.call(kind, given.nbytes - given.nbytes // self.ranks):
             output.copy_(given.view_as(output))
             if not output.is_floating_point() and output.numel():
                 blocks = output.view(self.ranks, -1)

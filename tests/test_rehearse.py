@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,8 @@ def count_calls(rank):
         original = getattr(group, name)
 
         def call(self, *args):
-            calls.append([kind, sent(self.size(), *args)])
+            summed = kind == "all_to_all" and self is not sp.group()
+            calls.append(["reduce_scatter" if summed else kind, sent(self.size(), *args)])
             return original(self, *args)
 
         setattr(group, name, call)
@@ -60,11 +62,12 @@ def count_calls(rank):
     sent = {
         "all_gather": each_sends(0),  # the output
         "reduce_scatter": each_sends(1),  # the input
-        "all_to_all": each_sends(1),
+        "all_to_all": each_sends(1),  # of sp's group, else half of memory.ReduceScatter
         "all_reduce": lambda n, tensors, *_: sum(2 * t.nbytes * (n - 1) // n for t in tensors),
     }
     for kind, (new, old) in names.items():
         counted(new if hasattr(group, new) else old, kind, sent[kind])
+    sys.modules["train"].computed_in = lambda device: torch.bfloat16  # as on a GPU
     original = rehearsal.measured
 
     def measured(options, config, ranks, steps, real):
@@ -78,6 +81,7 @@ def count_calls(rank):
 CASES = {  # ranks, options
     "FSDP": (2, []),
     "Ulysses": (2, ["--sp=2", "--recompute=attention"]),
+    "Ulysses, split on more than two": (4, ["--sp=2", "--optimizer=split"]),
     "replicas, Ulysses, split": (4, ["--sp=2", "--replicas=2", "--optimizer=split"]),
 }
 
@@ -113,7 +117,9 @@ def alone(rank):
     count_calls(rank)
 
 
-@pytest.mark.parametrize("changes", [{}, {"sp": 2, "micro_batch": 2}, {"replicas": 2}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"sp": 2, "micro_batch": 2, "optimizer": "split"}, {"replicas": 2}]
+)
 @pytest.mark.slow
 def test_sent_bytes_are_what_the_stand_in_counts(changes, home, monkeypatch):
     """With sizes that the ranks divide: exactly, but for a step's few numbers, which are summed."""
