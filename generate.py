@@ -25,6 +25,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 import fast
+import flash
 import sp
 from fast import fused
 from model import Experts, choose_attention, dense_attention, rope_tables, wide
@@ -293,7 +294,7 @@ class Decoder:
         for window in (config.sliding_window, None):
             options = self.device, self.model.embedding.weight.dtype, config.head_dim
             attention[window] = choose_attention(longest, window, None, *options)
-            if fast.choose_kernel(window, None, *options) == "dense":
+            if flash.choose_kernel(window, None, *options) == "dense":
                 attention[window] = functools.partial(attention_in_parts, window=window)
             if window:
                 recent[window] = ring_positions(last, window).clamp(min=0)  # (slots, window)

@@ -31,6 +31,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 import fast
+import flash
 import sp
 from fast import faster, fused
 from weights import copy_rows, load_weights, read_config, save_weights, stored_dtype
@@ -247,11 +248,13 @@ def choose_attention(S, window, documents, device, dtype, head_dim):
     """The attention(q, k, v, sinks) of layers with this window, over full sequences of S tokens.
 
     documents (B, S) or None. Called once per forward and window: each block mask is built once."""
-    kernel = fast.choose_kernel(window, documents, device, dtype, head_dim)
+    kernel = flash.choose_kernel(window, documents, device, dtype, head_dim)
     if kernel == "cuDNN":
-        return fast.cudnn_sink_attention
-    if kernel == "FlexAttention":
-        mask = fast.block_mask(S, window, documents, device)
+        return flash.cudnn_sink_attention
+    if kernel == "by document" and (plan := flash.plan_documents(documents)):
+        return functools.partial(flash.document_attention, plan=plan)
+    if kernel != "dense":
+        mask = flash.block_mask(S, window, documents, device)
         return functools.partial(flex_sink_attention, mask=mask)
     return functools.partial(dense_attention, window=window, documents=documents)
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 import fast
+import flash
 import lora
 from bench.common import DEVICE, DTYPE, GIB, GPU, K, attempt, random_tokens, synchronize
 from bench.report import length, say, say_row
@@ -127,7 +128,7 @@ def measure(model, optimizer, S, settings):
         model.embedding.to(DEVICE)
     if GPU:
         torch.cuda.set_per_process_memory_fraction((settings["limit"] or total) / total)
-        fast.cudnn_refuses(DEVICE, DTYPE, model.config.head_dim)
+        flash.cudnn_refuses(DEVICE, DTYPE, model.config.head_dim)
     tokens = random_tokens(model.config, S)
 
     def run():

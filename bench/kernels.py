@@ -12,7 +12,7 @@ from collections import defaultdict
 import torch
 import torch.nn.functional as F
 
-import fast
+import flash
 import model as gptoss
 from bench.common import DEVICE, DTYPE, GPU, LONG, K, attempt, random, seconds
 from bench.report import length, say_row
@@ -83,14 +83,14 @@ def attention_kernels(config, S):
             (name, "dense", w, functools.partial(gptoss.dense_attention, window=w))
             for name, w in windows.items()
         ]
-    masks = {w: fast.block_mask(S, w, None, DEVICE) for w in windows.values()}
+    masks = {w: flash.block_mask(S, w, None, DEVICE) for w in windows.values()}
     kernels = [
         (name, "Flex", w, functools.partial(gptoss.flex_sink_attention, mask=masks[w]))
         for name, w in windows.items()
     ]
-    if fast.cudnn_refuses(DEVICE, DTYPE, config.head_dim):
+    if flash.cudnn_refuses(DEVICE, DTYPE, config.head_dim):
         return kernels
-    return [("causal", "cuDNN", None, fast.CudnnSinkAttention.apply), *kernels]
+    return [("causal", "cuDNN", None, flash.CudnnSinkAttention.apply), *kernels]
 
 
 def measure_attention(config, name, S, window, attend):

@@ -11,7 +11,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-import fast
+import flash
 from bench.common import (
     DEVICE,
     DTYPE,
@@ -117,7 +117,7 @@ def measure_steps(config, S, tokens, run):
 def measure_row(config, model, loss_of, S):
     tokens = random_tokens(config, S)
     if GPU:  # its trial run compiles for other sizes than ours: now
-        fast.cudnn_refuses(DEVICE, DTYPE, config.head_dim)
+        flash.cudnn_refuses(DEVICE, DTYPE, config.head_dim)
     try:
         return measure_steps(config, S, S, lambda: step(model, loss_of, tokens)[0])
     finally:

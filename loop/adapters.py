@@ -5,7 +5,8 @@ import math
 import torch
 
 import lora
-from fast import head_groups, tile_sizes
+from fast import tile_sizes
+from flash import head_groups
 from loop import memory
 from loop.budget import BYTES, LOSS_TOKENS
 from model import GPTOSS
@@ -97,7 +98,7 @@ def estimate(
 
     def attention(i):
         """Beside `inside`, of which x after attention and its norm are gone by then: the gradients
-        of q, k, v and out, and what cuDNN works in (see fast.head_groups)."""
+        of q, k, v and out, and what cuDNN works in (see flash.head_groups)."""
         results = 2 * tokens * (qkv + heads) - 2 * given
         if config.window(i):
             return results

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
 import fast
+import flash
 import model as model_module
 from common import (
     assert_all_close,
@@ -22,7 +23,7 @@ from common import (
     relative,
     tiny_config,
 )
-from fast import block_mask
+from flash import block_mask
 from model import GPTOSS, dense_attention
 
 
@@ -105,7 +106,7 @@ def plain_cudnn(monkeypatch):
 def test_cudnn_sink_attention(plain_cudnn):
     """Given a logsumexp that includes the sink, a backward without sinks gives exact gradients."""
     inputs, grad = attention_inputs()
-    expected, actual = dense_attention(*inputs), fast.CudnnSinkAttention.apply(*inputs)
+    expected, actual = dense_attention(*inputs), flash.CudnnSinkAttention.apply(*inputs)
     assert relative(actual, expected) <= 1e-6
     wanted = dict(zip(["q", "k", "v", "sinks"], torch.autograd.grad(expected, inputs, grad)))
     assert_all_close(
@@ -122,7 +123,7 @@ def test_cudnn_attention_in_groups_of_heads(most, calls, plain_cudnn, monkeypatc
     monkeypatch.setattr(torch.ops.aten, run, lambda *x: sizes.append(x[1].numel()) or backward(*x))
     inputs, grad = attention_inputs()
     expected = torch.autograd.grad(dense_attention(*inputs), inputs, grad)
-    actual = torch.autograd.grad(fast.CudnnSinkAttention.apply(*inputs), inputs, grad)
+    actual = torch.autograd.grad(flash.CudnnSinkAttention.apply(*inputs), inputs, grad)
     assert len(sizes) == calls and (8 * max(sizes) <= most or most == 1)
     names = "q", "k", "v", "sinks"
     assert_all_close(dict(zip(names, actual)), dict(zip(names, expected)), 1e-6)
@@ -139,7 +140,7 @@ def test_kept_attention(recompute, runs, plain_cudnn, monkeypatch):
 
     def choose(S, window, *rest):
         return (
-            fast.CudnnSinkAttention.apply if window is None else choose_attention(S, window, *rest)
+            flash.CudnnSinkAttention.apply if window is None else choose_attention(S, window, *rest)
         )
 
     choose_attention = model_module.choose_attention
@@ -263,3 +264,103 @@ def test_block_mask(S, block, documents):
                 create_block_mask(mask.mask_mod, B, None, S, S, "cpu", BLOCK_SIZE=block)
             )
             assert torch.equal(partial, theirs[0]) and torch.equal(whole, theirs[1])
+
+
+# --------------------------------------------------------------------------------------------------
+# Packed documents
+
+
+class PlainFlash:
+    """FlashAttention's op for many lengths, by PlainCudnn, a document at a time."""
+
+    def __init__(self):
+        self.calls, self.op = [], PlainCudnn()
+
+    def forward(self, q, k, v, ends, ends_k, longest, longest_k, dropout, causal, debug):
+        assert ends is ends_k and longest == longest_k == ends.diff().max() and causal
+        assert ends.dtype == torch.int32 and not dropout and not debug
+        self.calls.append(ends.diff().tolist())
+        parts = [
+            self.op.forward(*self.of(begin, end, q, k, v), None, True, True)[:2]
+            for begin, end in itertools.pairwise(ends.tolist())
+        ]
+        out = torch.cat([out[0].transpose(0, 1) for out, _ in parts])  # (T, H, D)
+        lse = torch.cat([lse[0, :, :, 0] for _, lse in parts], dim=1)  # (H, T)
+        return out, lse, torch.zeros(2), torch.zeros(()), None
+
+    def backward(
+        self, grad, q, k, v, out, lse, ends, _, longest, __, dropout, causal, random, unused
+    ):
+        assert random.shape == (2,) and unused.shape == ()
+        parts = []
+        for begin, end in itertools.pairwise(ends.tolist()):
+            inputs = self.of(begin, end, grad, q, k, v, out)
+            n = end - begin
+            state = lse[None, :, begin:end, None], None, None, None, None, None, n, n, 0, True
+            found = self.op.backward(*inputs, *state)
+            parts.append([x[0].transpose(0, 1) for x in found])
+        return tuple(torch.cat(x) for x in zip(*parts))
+
+    @staticmethod
+    def of(begin, end, *tensors):
+        return [x[begin:end].transpose(0, 1)[None] for x in tensors]
+
+
+@pytest.fixture
+def plain_flash(monkeypatch):
+    op = PlainFlash()
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", op.forward)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", op.backward)
+    return op
+
+
+LENGTHS = [[1, 9, 1, 4, 8], [23]], [[2, 5, 3, 5, 1, 7], [7, 5, 11]], [[23], [23]]
+
+
+@pytest.mark.parametrize("long", [2, 6, 9, 100])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=["1 to 23", "1 to 11", "whole"])
+def test_document_attention(lengths, long, plain_cudnn, plain_flash, monkeypatch):
+    """Each document on one kernel or the other, padded or not: outputs and gradients."""
+    monkeypatch.setattr(flash, "LONG", long)
+    documents = torch.stack([packed(each, list(range(len(each)))) for each in lengths])
+    plan = flash.plan_documents(documents)
+    of = [n for each in lengths for n in each]
+    assert [n for _, n, _ in plan.long] == [n for n in of if n >= long]
+    inputs, grad = attention_inputs()
+    expected = dense_attention(*inputs, documents=documents)
+    actual = flash.document_attention(*inputs, plan=plan)
+    assert plain_flash.calls == [[n for n in of if n < long]] * (min(of) < long)
+    assert relative(actual, expected) <= 1e-6
+    names = "q", "k", "v", "sinks"
+    wanted = dict(zip(names, torch.autograd.grad(expected, inputs, grad)))
+    assert_all_close(dict(zip(names, torch.autograd.grad(actual, inputs, grad))), wanted, 1e-6)
+
+
+def test_padded_lengths():
+    assert [flash.padded(n) for n in (1, 7, 8, 9, 17, 8192, 8193)] == [1, 7, 8, 9, 18, 8192, 9216]
+    sizes = {flash.padded(n) for n in range(8192, 65537)}
+    assert len(sizes) == 3 * flash.SIZES + 1 and all(n % 8 == 0 for n in sizes)
+    assert all(n <= flash.padded(n) < 1.125 * n + 1 for n in range(1, 5000))
+
+
+def test_numbers_that_come_again():
+    """A token sees its document's earlier part across another: not a causal sequence."""
+    assert flash.plan_documents(torch.tensor([[0, 0, 1, 1, 0]])) is None
+    assert flash.plan_documents(torch.tensor([[0, 0, 1], [1, 0, 2]])) is not None
+
+
+@pytest.mark.parametrize("recompute, runs", [("none", 1), ("attention", 1), ("all", 2)])
+def test_kept_attention_of_documents(recompute, runs, plain_cudnn, plain_flash, monkeypatch):
+    """As of plain sequences: once, and with the same gradients."""
+    monkeypatch.setattr(flash, "LONG", 9)
+    config = tiny_config(num_hidden_layers=4)
+    twin = noise_(GPTOSS(config))
+    tokens, targets = batch(config, 2, 21)
+    documents = torch.stack([packed([10, 4, 7], [0, 1, 2]), packed([1, 15, 5], [0, 1, 2])])
+    twin(tokens, targets, documents).backward()
+    kernel = flash.choose_kernel
+    monkeypatch.setattr(flash, "choose_kernel", lambda w, *x: kernel(w, *x) if w else "by document")
+    model = noise_(GPTOSS(config, recompute))
+    model(tokens, targets, documents).backward()
+    assert len(plain_flash.calls) == 2 * runs  # two full layers
+    assert_all_close(gradients(model), gradients(twin), 1e-5)

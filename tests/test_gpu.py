@@ -17,6 +17,7 @@ from torch._inductor import metrics
 from torch.distributed.device_mesh import init_device_mesh
 
 import fast
+import flash
 import model as model_module
 import sp
 from common import (
@@ -29,7 +30,7 @@ from common import (
     run_ranks,
     tiny_config,
 )
-from fast import CudnnSinkAttention, block_mask, cudnn_refuses
+from flash import CudnnSinkAttention, block_mask, cudnn_refuses
 from generate import Decoder, capturable, generate
 from loop import memory
 from loop.budget import estimate
@@ -150,10 +151,22 @@ def test_cudnn_attention(S, most, monkeypatch):
     assert_as_near_as_dense(CudnnSinkAttention.apply, *attention_inputs(S, torch.bfloat16))
 
 
-@pytest.mark.parametrize("kind", ["flex", "flex, documents", "cudnn"])
+@pytest.mark.parametrize("long", [200, 300, 10_000])
+def test_document_attention(long, monkeypatch):
+    """Documents of 1 to 499 tokens, none, some or most of them on cuDNN."""
+    skip_without_cudnn()
+    assert flash.documents_refused(CUDA, torch.bfloat16, 64) is None
+    monkeypatch.setattr(flash, "LONG", long)
+    documents = two_rows_of_documents(1000)
+    plan = flash.plan_documents(documents)
+    attention = functools.partial(flash.document_attention, plan=plan)
+    assert_as_near_as_dense(attention, *attention_inputs(1000, torch.bfloat16), documents=documents)
+
+
+@pytest.mark.parametrize("kind", ["flex", "flex, documents", "cudnn", "by document"])
 def test_attention_memory_grows_with_the_length(kind):
     """Forward and backward peak at no more than a quarter of what one head's scores would take."""
-    if kind == "cudnn":
+    if kind in ("cudnn", "by document"):
         skip_without_cudnn()
     S = 32 * 1024
     inputs, grad = attention_inputs(S, torch.bfloat16, B=1, H=8, K=1)
@@ -162,7 +175,11 @@ def test_attention_memory_grows_with_the_length(kind):
         flex_sink_attention,
         mask=block_mask(S, None if documents is not None else 128, documents, CUDA),
     )
-    attention = CudnnSinkAttention.apply if kind == "cudnn" else attention
+    if kind == "cudnn":
+        attention = CudnnSinkAttention.apply
+    elif kind == "by document":
+        plan = flash.plan_documents(two_rows_of_documents(S)[:1])
+        attention = functools.partial(flash.document_attention, plan=plan)
     outcome(attention, inputs, grad, torch.bfloat16)  # compiles
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -179,10 +196,15 @@ def test_choice_of_attention(capsys):
     assert choose(None, None, dtype=torch.bfloat16) == CudnnSinkAttention.apply
     for window, packing, dtype in (
         (128, None, torch.bfloat16),
-        (None, documents, torch.bfloat16),
+        (128, documents, torch.bfloat16),
+        (None, documents, torch.float32),
         (None, None, torch.float32),
     ):
         assert choose(window, packing, dtype=dtype).func is flex_sink_attention
+    assert choose(None, documents, dtype=torch.bfloat16).func is flash.document_attention
+    again = documents.clone()
+    again[:, -1] = again[:, 0]
+    assert choose(None, again, dtype=torch.bfloat16).func is flex_sink_attention
     said = capsys.readouterr().out
     assert (
         "full layers: cuDNN" in said

@@ -24,7 +24,7 @@ from common import (
     tiny_config,
     twins,
 )
-from fast import block_mask
+from flash import block_mask
 from loop.budget import flops_per_token
 from model import GPTOSS, IGNORED, GPTOSSConfig, apply_sinks, dense_attention, rope_tables
 

@@ -1,0 +1,375 @@
+"""Attention that never holds S x S scores: which kernel runs, and what the kernels lack, sinks and
+packed documents.
+
+FlexAttention takes any mask, and is compiled for it. cuDNN's kernel is faster for a plain causal
+mask. Within a packed document the mask is only causal too, so layers without a window run long
+documents one by one on cuDNN's kernel, the others together on FlashAttention 2's, which takes
+sequences of many lengths at once. cuDNN and FlashAttention know no sinks; see CudnnSinkAttention.
+
+Letters in shapes are model.py's, and T = B S.
+"""
+
+import functools
+import math
+from collections import namedtuple
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask
+
+import fast
+from recompute import once
+from switch import SWITCHES, fused, is_on, say
+
+
+def choose_kernel(window, documents, device, dtype, head_dim):
+    """The attention kernel of the layers with this window: "cuDNN", "by document", "FlexAttention"
+    or "dense". Prints which, and why."""
+    layers = f"window {window} layers" if window else "full layers"
+    packed = " with packed documents" if documents is not None else ""
+    if not is_on("flex_sink_attention"):
+        kernel, why = "dense", "the fast kernels are switched off"
+    elif device.type != "cuda" or head_dim < 16:
+        kernel, why = "dense", "fused kernels need a GPU and head_dim of at least 16"
+    elif dtype == torch.float64:
+        kernel, why = "dense", "fused kernels have no fp64"
+    elif window is not None:
+        kernel, why = "FlexAttention", "the mask is more than causal"
+    elif documents is not None:
+        refusal = documents_refused(device, dtype, head_dim)
+        kernel, why = "by document", f"cuDNN from {LONG} tokens on, FlashAttention below"
+        if refusal:
+            kernel, why = "FlexAttention", f"FlashAttention is not usable: {refusal}"
+    elif refusal := cudnn_refuses(device, dtype, head_dim):
+        kernel, why = "FlexAttention", f"cuDNN is not usable: {refusal}"
+    else:
+        kernel, why = "cuDNN", "fastest for a plain causal mask"
+    say(f"attention of {layers}{packed}: {kernel} ({why})")
+    return kernel
+
+
+# --------------------------------------------------------------------------------------------------
+# FlexAttention's block mask
+
+
+def causal(b, h, q, k):
+    return q >= k
+
+
+@functools.cache  # one function per window
+def sliding(window):
+    return lambda b, h, q, k: (q >= k) & (q - k < window)
+
+
+def within_documents(visible, documents):
+    return lambda b, h, q, k: visible(b, h, q, k) & (documents[b, q] == documents[b, k])
+
+
+def block_mask(S, window, documents, device, block=128):
+    """FlexAttention's BlockMask of a causal layer over S tokens: which blocks of `block` x `block`
+    scores to visit, and in which of those every score is visible. Found from the blocks' corners,
+    so nothing S x S ever exists; torch's create_block_mask would evaluate all S x S positions.
+
+    documents (B, S) or None, numbered in any way. A pair of blocks is skipped if their ranges of
+    numbers do not overlap, and fully visible if both lie in one document."""
+    blocks = math.ceil(S / block)
+    q = torch.arange(blocks, device=device)[:, None]
+    k = torch.arange(blocks, device=device)[None]
+    nearest = (q - k) * block - (block - 1)  # smallest and largest distance within a pair of blocks
+    farthest = (q - k) * block + (block - 1)
+    visited, full = farthest >= 0, (nearest >= 0) & ((q + 1) * block <= S)
+    if window is not None:
+        visited, full = visited & (nearest < window), full & (farthest < window)
+    visible = causal if window is None else sliding(window)
+    if documents is not None:
+        padded = F.pad(documents, (0, blocks * block - S), mode="replicate")
+        padded = padded.unflatten(1, (blocks, block))
+        low, high = padded.amin(-1), padded.amax(-1)  # (B, blocks)
+        visited = visited & (low[:, :, None] <= high[:, None]) & (low[:, None] <= high[:, :, None])
+        uniform = low == high
+        full = full & uniform[:, :, None] & uniform[:, None] & (low[:, :, None] == low[:, None])
+        visible = within_documents(visible, documents)
+
+    def listed(pairs):  # per row of blocks: the count of set blocks, and indices with the set first
+        B = pairs.shape[0] if pairs.dim() == 3 else 1
+        pairs = pairs.expand(B, blocks, blocks)[:, None].int()  # (B, 1, q, k)
+        indices = pairs.argsort(dim=-1, descending=True, stable=True).int()
+        return pairs.sum(-1, dtype=torch.int32), indices
+
+    lists = *listed(visited & ~full), *listed(visited & full)
+    return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=block, mask_mod=visible, seq_lengths=(S, S))
+
+
+# --------------------------------------------------------------------------------------------------
+# cuDNN's kernel, with sinks
+
+
+@fused
+def fold_sinks(out, lse, sinks):
+    """As model.apply_sinks, with the logsumexp that includes the sink as a second result."""
+    with_sink = torch.logaddexp(lse, sinks.float()[:, None])  # (B, H, S)
+    return (out.float() * (lse - with_sink).exp()[..., None]).to(out.dtype), with_sink
+
+
+@fused
+def sink_gradient(grad, out, lse, sinks):
+    """dsinks (H). The sink's weight is exp(sink - lse) and its value is zero, so the gradient of
+    its score is -weight * (grad . out)."""
+    delta = (grad.float() * out.float()).sum(-1)  # (B, H, S)
+    return -((sinks.float()[:, None] - lse).exp() * delta).sum((0, 2)).to(sinks.dtype)
+
+
+def head_groups(size, K, most):
+    """In how many groups of the K key-value heads the backward of cuDNN's attention runs, for
+    `size` numbers in q, so that each needs `most` bytes.
+
+    Beside its results it needs the gradient of q in fp32, and in bf16 those of k and v for each
+    query head: 8 bytes for each number in q, 4 GiB at 128K tokens of the 20b."""
+    divisors = (n for n in range(1, K + 1) if K % n == 0)
+    return next((n for n in divisors if 8 * size <= n * most), K)
+
+
+def cudnn_backward(*inputs):
+    """(dq, dk, dv) of cuDNN's attention, in groups of heads if all together need too much."""
+    run = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
+    heads, rest = inputs[:6], inputs[6:]  # grad, q, k, v, out, lse
+    groups = head_groups(heads[1].numel(), heads[2].shape[1], fast.ATTENTION_BYTES)
+    if groups == 1:
+        return run(*inputs)
+    say(f"attention's backward: {groups} groups of heads, one after the other, to save memory")
+    results = [torch.empty_like(x) for x in heads[1:4]]
+    split = zip(*(x.chunk(groups, dim=1) for x in (*results, *heads)))
+    for dq, dk, dv, *group, lse in split:
+        for whole, part in zip((dq, dk, dv), run(*group, lse.contiguous(), *rest)):
+            whole.copy_(part)
+    return results
+
+
+class CudnnSinkAttention(torch.autograd.Function):
+    """Sink attention built on cuDNN's causal kernel, which does not support sinks. Shapes as in
+    model.dense_attention, S = T.
+
+    cuDNN's backward computes p = exp(score - lse) and the gradient of the score,
+    p (grad . v - grad . out). Both formulas hold with a sink if lse and out are those that include
+    it: dq, dk and dv come out exact with the kernel untouched, and sink_gradient gives dsinks. At
+    32K tokens on an H200 it runs at 491 TFLOP/s forward and 426 backward, FlexAttention at 401 and
+    309 (`python -m bench`). With FlexAttention instead, 8K is 7 % slower, 32K 10 %."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, sinks):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # the kernel wants (B, heads, S, D)
+
+        def attend():
+            out, lse, *rest = torch.ops.aten._scaled_dot_product_cudnn_attention(
+                q, k, v, None, True, is_causal=True
+            )
+            out, with_sink = fold_sinks(out, lse.view(out.shape[:3]), sinks)
+            return out, with_sink.view(lse.shape), *rest
+
+        # run attend() once; on recomputation reuse its stored result
+        out, lse, ctx.cum_q, ctx.cum_k, ctx.max_q, ctx.max_k, seed, offset, _ = once(attend)
+        ctx.save_for_backward(q, k, v, sinks, out, lse, seed, offset)
+        return out.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "cuDNN's attention has no second derivative: "
+                "run forward and backward inside `with fast.plain():`"
+            )
+        q, k, v, sinks, out, lse, seed, offset = ctx.saved_tensors
+        grad = grad.transpose(1, 2)
+        rest = seed, offset, None, ctx.cum_q, ctx.cum_k, ctx.max_q, ctx.max_k, 0.0, True
+        dq, dk, dv = cudnn_backward(grad, q, k, v, out, lse, *rest)
+        needs_sinks = ctx.needs_input_grad[3]
+        dsinks = sink_gradient(grad, out, lse.view(out.shape[:3]), sinks) if needs_sinks else None
+        return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), dsinks
+
+
+cudnn_sink_attention = CudnnSinkAttention.apply
+SWITCHES.add("cudnn_sink_attention")
+
+
+def cudnn_refuses(device, dtype, head_dim):
+    """Why cuDNN's attention cannot be used here, or None."""
+    if not is_on("cudnn_sink_attention"):
+        return "it is switched off"
+    if torch.are_deterministic_algorithms_enabled():
+        return "its backward is not deterministic"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it has no {dtype}"
+    return _cudnn_fails(device, dtype, head_dim)
+
+
+@functools.cache
+def _cudnn_fails(device, dtype, head_dim):
+    """The error of a small trial run, or None: the only sure test of GPU, driver and version."""
+    try:
+        options = {"device": device, "dtype": dtype, "requires_grad": True}
+        q, k, v = (torch.randn(1, 128, heads, head_dim, **options) for heads in (2, 1, 1))
+        with torch.enable_grad():
+            sinks = torch.zeros(2, **options)
+            CudnnSinkAttention.apply(q, k, v, sinks).sum().backward()
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, AttributeError) as error:
+        return f"it fails here: {str(error).splitlines()[0]}"
+
+
+# --------------------------------------------------------------------------------------------------
+# Packed documents
+
+LONG = 8192  # tokens from which a document runs on cuDNN
+SIZES = 8  # lengths to an octave that documents are padded to there: each needs a plan of its own
+
+# long: (first token, tokens, tokens it is padded to) of each long document. index (T') or None:
+# which tokens the others have, None for all. ends (n + 1) int32: where each of those ends among
+# them. longest: the most tokens that one has.
+Plan = namedtuple("Plan", "long index ends longest")
+
+
+def padded(length):
+    """The next of SIZES lengths to an octave."""
+    step = max(1 << length.bit_length() - 1, SIZES) // SIZES
+    return -(-length // step) * step
+
+
+def plan_documents(documents):
+    """documents (B, S) -> the Plan of its attention; None if a number comes again later in a
+    sequence, for then a token sees more than its neighbours. Waits for the GPU."""
+    numbers = documents.cpu()
+    B, S = numbers.shape
+    first = F.pad(numbers[:, 1:] != numbers[:, :-1], (1, 0), value=True)
+    where = first.nonzero()  # (n, 2): sequence, token
+    named = torch.stack((where[:, 0], numbers[first].long()))
+    if named.unique(dim=1).shape[1] < len(where):
+        say("packed documents: FlexAttention after all, because a number comes again later")
+        return None
+    starts = where[:, 0] * S + where[:, 1]
+    lengths = torch.diff(starts, append=torch.tensor([B * S]))
+    is_long = lengths >= LONG
+    pairs = zip(starts[is_long].tolist(), lengths[is_long].tolist())
+    long = [(start, length, padded(length)) for start, length in pairs]
+    short = lengths[~is_long]
+    if not len(short):
+        return Plan(long, None, None, 0)
+    index = None
+    if long:
+        index = (~is_long).repeat_interleave(lengths).nonzero()[:, 0].to(documents.device)
+    ends = F.pad(short.cumsum(0), (1, 0)).int().to(documents.device)
+    return Plan(long, index, ends, short.max().item())
+
+
+def one_sequence(x, start, length, size):
+    """x (T, heads, D) -> (1, heads, size, D): a document, padded with zeros, as cuDNN wants it."""
+    return F.pad(x[start : start + length].transpose(0, 1)[None], (0, 0, 0, size - length))
+
+
+class DocumentAttention(torch.autograd.Function):
+    """q (B, S, H, D), k and v (B, S, K, D), sinks (H), a Plan -> (B, S, H, D)."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, sinks, plan):
+        shape = q.shape
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # (T, heads, D)
+
+        def attend():
+            out, random = torch.empty_like(q), []
+            lse = q.new_empty(q.shape[1::-1], dtype=torch.float32)
+            for start, length, size in plan.long:
+                inputs = (one_sequence(x, start, length, size) for x in (q, k, v))
+                o, l, *_, seed, offset, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+                    *inputs, None, True, is_causal=True
+                )
+                out[start : start + length] = o[0, :, :length].transpose(0, 1)
+                lse[:, start : start + length] = l.view(-1, size)[:, :length]
+                random += [seed, offset]
+            if plan.ends is not None:
+                index = plan.index
+                inputs = (x if index is None else x[index] for x in (q, k, v))
+                lengths = plan.ends, plan.ends, plan.longest, plan.longest
+                o, l, *state, _ = torch.ops.aten._flash_attention_forward(
+                    *inputs, *lengths, 0.0, True, False
+                )
+                random += state
+                if index is None:
+                    out, lse = o, l
+                else:
+                    out[index], lse[:, index] = o, l.float()
+            out, lse = fold_sinks(out.transpose(0, 1)[None], lse[None], sinks)
+            return out[0].transpose(0, 1), lse[0], *random  # (T, H, D), (H, T)
+
+        out, lse, *random = once(attend)
+        ctx.plan = plan
+        ctx.save_for_backward(q, k, v, sinks, out, lse, *random)
+        return out.view(shape)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the attention of packed documents has no second derivative: "
+                "run forward and backward inside `with fast.plain():`"
+            )
+        q, k, v, sinks, out, lse, *random = ctx.saved_tensors
+        plan, B = ctx.plan, len(grad)
+        grad = grad.flatten(0, 1)
+        results = [torch.empty_like(x) for x in (q, k, v)]
+        for start, length, size in plan.long:
+            inputs = (one_sequence(x, start, length, size) for x in (grad, q, k, v, out))
+            part = F.pad(lse[:, start : start + length], (0, size - length))[None, ..., None]
+            state = random.pop(0), random.pop(0), None, None, None, size, size, 0.0, True
+            found = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+                *inputs, part, *state
+            )
+            for whole, dx in zip(results, found):
+                whole[start : start + length] = dx[0, :, :length].transpose(0, 1)
+        if plan.ends is not None:
+            index = plan.index
+            inputs = (x if index is None else x[index] for x in (grad, q, k, v, out))
+            part = lse if index is None else lse[:, index]
+            lengths = plan.ends, plan.ends, plan.longest, plan.longest
+            found = torch.ops.aten._flash_attention_backward(
+                *inputs, part, *lengths, 0.0, True, *random
+            )
+            if index is None:
+                results = found
+            else:
+                for whole, dx in zip(results, found):
+                    whole[index] = dx
+        dsinks = None
+        if ctx.needs_input_grad[3]:
+            grad, out = (x.transpose(0, 1)[None] for x in (grad, out))
+            dsinks = sink_gradient(grad, out, lse[None], sinks)
+        return *(x.unflatten(0, (B, -1)) for x in results), dsinks, None
+
+
+SWITCHES.add("document_attention")
+
+
+def document_attention(q, k, v, sinks, plan):
+    return DocumentAttention.apply(q, k, v, sinks, plan)
+
+
+def documents_refused(device, dtype, head_dim):
+    """Why documents cannot run on these kernels here, or None."""
+    if not is_on("document_attention"):
+        return "it is switched off"
+    return cudnn_refuses(device, dtype, head_dim) or _flash_fails(device, dtype, head_dim)
+
+
+@functools.cache
+def _flash_fails(device, dtype, head_dim):
+    """The error of a small trial run of FlashAttention, or None."""
+    try:
+        options = {"device": device, "dtype": dtype, "requires_grad": True}
+        q, k, v = (torch.randn(1, 128, heads, head_dim, **options) for heads in (2, 1, 1))
+        documents = torch.arange(128, device=device)[None] // 50
+        with torch.enable_grad():
+            sinks = torch.zeros(2, **options)
+            DocumentAttention.apply(q, k, v, sinks, plan_documents(documents)).sum().backward()
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, AttributeError) as error:
+        return f"it fails here: {str(error).splitlines()[0]}"
