@@ -11,6 +11,7 @@ nothing."""
 from unittest.mock import patch
 
 import fast
+import flash
 import model as gptoss
 from bench.common import GPU
 from bench.report import say_row
@@ -19,7 +20,7 @@ from bench.speed import build_ours, rows_of
 ATTENTION = {"flex_sink_attention", "cudnn_sink_attention"}  # uncompiled, Flex makes S x S scores
 # frozen.py has others, which do not run here
 PAIRS = [name for name, (definition, _) in fast.PAIRS.items() if definition.__module__ == "model"]
-LEAVES = {name for name in fast.SWITCHES if hasattr(gptoss, name) or hasattr(fast, name)}
+LEAVES = {name for name in fast.SWITCHES if any(hasattr(m, name) for m in (gptoss, fast, flash))}
 LEAVES -= {*PAIRS, *ATTENTION}
 
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fast
+import flash
 import frozen as frozen_module  # noqa: F401, has a pair and leaves too
 import generate  # noqa: F401, has compiled leaves too
 import model as model_module
@@ -236,11 +237,13 @@ def forbid_twins(monkeypatch):
 
     for name, (definition, _) in list(fast.PAIRS.items()):
         monkeypatch.setitem(fast.PAIRS, name, (definition, forbidden))
-    for name in ("block_mask", "cudnn_sink_attention", "add_matmul_"):
-        monkeypatch.setattr(fast, name, forbidden)
+    monkeypatch.setattr(fast, "add_matmul_", forbidden)
+    for name in ("block_mask", "plan_documents"):
+        monkeypatch.setattr(flash, name, forbidden)
     for leaf in fast.SWITCHES - fast.PAIRS.keys():  # all but the model's own functions
-        if hasattr(fast, leaf):
-            monkeypatch.setattr(fast, leaf, forbidden)
+        for module in fast, flash:
+            if hasattr(module, leaf):
+                monkeypatch.setattr(module, leaf, forbidden)
 
 
 @pytest.mark.parametrize("recompute", ["none", "attention", "all"])
@@ -285,10 +288,12 @@ def test_switches_by_name():
 
 
 def test_every_compiled_leaf_is_a_switch():
+    files = "model.py", "fast.py", "flash.py", "frozen.py", "generate.py"
     leaves = [re.findall(r"^@fused\ndef (\w+)", (ROOT / file).read_text(), re.MULTILINE)
-              for file in ("model.py", "fast.py", "frozen.py", "generate.py")]  # fmt: skip
-    assert min(map(len, leaves[:3])) >= 3
-    assert {*sum(leaves, []), *fast.PAIRS, "cudnn_sink_attention"} == fast.SWITCHES
+              for file in files]  # fmt: skip
+    assert min(map(len, leaves)) >= 1
+    kernels = {"cudnn_sink_attention", "document_attention"}
+    assert {*sum(leaves, []), *fast.PAIRS} | kernels == fast.SWITCHES
 
 
 def test_constants_agree():
