@@ -17,7 +17,11 @@ from bench.common import GPU
 from bench.report import say_row
 from bench.speed import build_ours, rows_of
 
-ATTENTION = {"flex_sink_attention", "cudnn_sink_attention"}  # uncompiled, Flex makes S x S scores
+ATTENTION = {
+    "flex_sink_attention",
+    "cudnn_sink_attention",
+    "document_attention",
+}  # uncompiled, Flex makes S x S scores
 # frozen.py has others, which do not run here
 PAIRS = [name for name, (definition, _) in fast.PAIRS.items() if definition.__module__ == "model"]
 LEAVES = {name for name in fast.SWITCHES if any(hasattr(m, name) for m in (gptoss, fast, flash))}
