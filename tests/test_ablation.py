@@ -60,7 +60,8 @@ def test_a_pair_off_runs_its_definition(name, monkeypatch):
 
 def test_leaves_are_what_is_compiled():
     """All that is @fused, but FlexAttention, which must be."""
-    sources = (ROOT / "model.py").read_text() + (ROOT / "fast.py").read_text()
+    files = "model.py", "fast.py", "flash.py"
+    sources = "".join((ROOT / file).read_text() for file in files)
     marked = re.findall(r"^@fused\ndef (\w+)", sources, re.MULTILINE)
     assert sorted([*ablation.LEAVES, "flex_sink_attention"]) == sorted(set(marked))
 
