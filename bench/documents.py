@@ -7,9 +7,9 @@ A packed sequence of S tokens is compared with a plain one of S tokens, whose qu
 and with its documents as plain sequences, S tokens at a time: each length is measured, and the
 times are added up by the share of tokens that it has.
 
-"octaves of L": a third of the tokens each in documents of about L / 2, L and 2 L tokens. "mix":
-half of the tokens in one document, half in documents of about 512. Single lengths are drawn
-uniformly within a tenth of these, and so is the order: documents end anywhere.
+"octaves of L": a quarter of the tokens each in documents of about L / 2 and L tokens, half in those
+of 2 L. "mix": half of the tokens in one document, half in documents of about 512. Lengths are drawn
+uniformly within a tenth of these, then stretched to fill the sequence; their order is random.
 """
 
 import os
@@ -30,20 +30,17 @@ def shares(kind, S):
     """{tokens in a document: share of a sequence's tokens in documents of about that length}"""
     if kind == "mix":
         return {S // 2: 1 / 2, min(SHORT, S // 4): 1 / 2}
-    return dict.fromkeys((kind // 2, kind, 2 * kind), 1 / 3)
+    return {kind // 2: 1 / 4, kind: 1 / 4, 2 * kind: 1 / 2}
 
 
 def lengths(kind, S):
     """The lengths of documents that fill a sequence of S tokens, in order."""
     generator, found = torch.Generator().manual_seed(0), []
     for typical, share in shares(kind, S).items():
-        left = round(share * S)
-        while left > 0:
-            drawn = 0.9 + 0.2 * torch.rand((), generator=generator).item()
-            # what is left over becomes part of the last document
-            n = left if left < 1.5 * typical else round(typical * drawn)
-            found.append(n)
-            left -= n
+        number = max(round(share * S / typical), 1)
+        drawn = 0.9 + 0.2 * torch.rand(number, generator=generator, dtype=torch.float64)
+        ends = (drawn.cumsum(0) / drawn.sum() * round(share * S)).round().long()
+        found += torch.diff(ends, prepend=torch.tensor([0])).tolist()
     found[-1] += S - sum(found)  # shares are rounded
     return [found[i] for i in torch.randperm(len(found), generator=generator)]
 
