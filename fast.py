@@ -429,7 +429,7 @@ def mean_loss(x, unembedding, targets, weights, count):
 
 def recomputed(block, *inputs, keep_attention):
     """block(*inputs), keeping only the inputs; the backward recomputes the activations, but for
-    cuDNN's attention output if keep_attention."""
+    attention's output on full layers if keep_attention."""
     contexts = functools.partial(Recompute.contexts, keep_attention, as_now())
     return checkpoint(
         block, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts

@@ -3,8 +3,9 @@
 Every step is defined here, in reading order: configuration, norm, rotary positions, attention,
 experts, loss, model. Where a definition is marked `@faster(fast.name)`, fast.py has a twin that
 computes the same and runs in its place; `with fast.plain():` switches the twins off, and this file
-alone is the model. `@fused` compiles a function for a GPU and changes nothing else. One GPU and
-eight read the same: sequence parallelism lives in sp.py and does nothing without a group.
+alone is the model. `@fused` compiles a function for a GPU and changes nothing else. Which kernel
+computes attention is flash.py's choice. One GPU and eight read the same: sequence parallelism lives
+in sp.py and does nothing without a group.
 
 References: the original, https://github.com/openai/gpt-oss (gpt_oss/torch/model.py); the model
 card, https://arxiv.org/abs/2508.10925. Differences from the original: expert matrices are
@@ -406,7 +407,7 @@ class GPTOSS(nn.Module):
         "none": nothing
         "all": everything but the block's input
         "attention": as "all", but on layers without a window the output of attention is kept, whose
-            cost grows with S^2. Only cuDNN's kernel can keep it: with packed documents it is "all".
+            cost grows with S^2. FlexAttention cannot keep it; where it runs, this is "all".
     The last `keep_blocks` blocks recompute nothing."""
 
     def __init__(self, config, recompute="none", keep_blocks=0):

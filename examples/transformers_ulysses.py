@@ -3,8 +3,8 @@
     torchrun --nproc_per_node 2 -m examples.transformers_ulysses
 
 Copy `parallelize` and what is above it, with sp.py, model.py and what they import: fast.py,
-folders.py, mxfp4.py, recompute.py, shards.py, switch.py and weights.py. Transformers hands every
-layer's attention to a function registered under a name. Ours trades tokens for heads,
+flash.py, folders.py, mxfp4.py, recompute.py, shards.py, switch.py and weights.py. Transformers
+hands every layer's attention to a function registered under a name. Ours trades tokens for heads,
 runs the kernels of model.py over full sequences, the rank's sinks among them, and trades back.
 
 Each rank calls the model with its slice of every sequence. Its logits are those of one rank's call
