@@ -65,6 +65,22 @@ def within_documents(visible, documents):
     return lambda b, h, q, k: visible(b, h, q, k) & (documents[b, q] == documents[b, k])
 
 
+def from_lowest(lowest):
+    """lowest (B, S): the first key that each query sees. One number a query to load and compare:
+    as fast as a mask without documents, where comparing documents takes a tenth longer."""
+    return lambda b, h, q, k: (q >= k) & (k >= lowest[b, q])
+
+
+def document_begins(documents):
+    """documents (B, S) -> (B, S) bool, on the CPU: whether a document begins here. None if a number
+    comes again later in a sequence, for then a token sees more than its neighbours. Waits for the
+    GPU."""
+    numbers = documents.cpu()
+    begins = F.pad(numbers[:, 1:] != numbers[:, :-1], (1, 0), value=True)
+    named = torch.stack((begins.nonzero()[:, 0], numbers[begins].long()))
+    return begins if named.unique(dim=1).shape[1] == named.shape[1] else None
+
+
 def block_mask(S, window, documents, device, block=128):
     """FlexAttention's BlockMask of a causal layer over S tokens: which blocks of `block` x `block`
     scores to visit, and in which of those every score is visible. Found from the blocks' corners,
@@ -88,7 +104,15 @@ def block_mask(S, window, documents, device, block=128):
         visited = visited & (low[:, :, None] <= high[:, None]) & (low[:, None] <= high[:, :, None])
         uniform = low == high
         full = full & uniform[:, :, None] & uniform[:, None] & (low[:, :, None] == low[:, None])
-        visible = within_documents(visible, documents)
+        begins = document_begins(documents)
+        if begins is None:
+            visible = within_documents(visible, documents)
+        else:
+            token = torch.arange(S)
+            lowest = torch.where(begins, token, 0).cummax(1).values
+            if window is not None:
+                lowest = lowest.maximum(token - window + 1)
+            visible = from_lowest(lowest.int().to(device))
 
     def listed(pairs):  # per row of blocks: the count of set blocks, and indices with the set first
         B = pairs.shape[0] if pairs.dim() == 3 else 1
@@ -220,7 +244,7 @@ def _cudnn_fails(device, dtype, head_dim):
 # --------------------------------------------------------------------------------------------------
 # Packed documents
 
-LONG = 8192  # tokens from which a document runs on cuDNN
+LONG = 3072  # tokens from which a document runs on cuDNN
 SIZES = 8  # lengths to an octave that documents are padded to there: each needs a plan of its own
 
 # long: (first token, tokens, tokens it is padded to) of each long document. index (T') or None:
@@ -236,18 +260,13 @@ def padded(length):
 
 
 def plan_documents(documents):
-    """documents (B, S) -> the Plan of its attention; None if a number comes again later in a
-    sequence, for then a token sees more than its neighbours. Waits for the GPU."""
-    numbers = documents.cpu()
-    B, S = numbers.shape
-    first = F.pad(numbers[:, 1:] != numbers[:, :-1], (1, 0), value=True)
-    where = first.nonzero()  # (n, 2): sequence, token
-    named = torch.stack((where[:, 0], numbers[first].long()))
-    if named.unique(dim=1).shape[1] < len(where):
+    """documents (B, S) -> the Plan of its attention; None where document_begins has none."""
+    begins = document_begins(documents)
+    if begins is None:
         say("packed documents: FlexAttention after all, because a number comes again later")
         return None
-    starts = where[:, 0] * S + where[:, 1]
-    lengths = torch.diff(starts, append=torch.tensor([B * S]))
+    starts = begins.flatten().nonzero()[:, 0]
+    lengths = torch.diff(starts, append=torch.tensor([begins.numel()]))
     is_long = lengths >= LONG
     pairs = zip(starts[is_long].tolist(), lengths[is_long].tolist())
     long = [(start, length, padded(length)) for start, length in pairs]
