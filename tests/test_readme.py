@@ -50,7 +50,7 @@ STAND_INS = {  # a command of the README: what is added to it here; None: it doe
     "python train.py configs/gptoss_lora.py": "--seq_len=64 --steps=2",
     "python convert_hf.py --export runs/gptoss_lora --out my-adapters --adapter": "",
     "python -m bench --against=transformers": "--rows=16 --layers=1",
-    "python -m bench --adapters": "--rows=16",
+    "python -m bench --adapters=whole": "--rows=16",
     "python -m bench --generate": "--rows=1x16",
     # tests/test_examples.py runs it
     "torchrun --nproc_per_node 2 -m examples.grpo --lora_rank=8 --lora_layers=1-3 "
