@@ -339,10 +339,7 @@ class DocumentAttention(torch.autograd.Function):
             inputs = (one_sequence(x, start, length, size) for x in (grad, q, k, v, out))
             part = F.pad(lse[:, start : start + length], (0, size - length))[None, ..., None]
             state = random.pop(0), random.pop(0), None, None, None, size, size, 0.0, True
-            found = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-                *inputs, part, *state
-            )
-            for whole, dx in zip(results, found):
+            for whole, dx in zip(results, cudnn_backward(*inputs, part, *state)):
                 whole[start : start + length] = dx[0, :, :length].transpose(0, 1)
         if plan.ends is not None:
             index = plan.index
