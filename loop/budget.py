@@ -4,9 +4,14 @@ it.
 FLOPs are model FLOPs unless said otherwise: nothing recomputed, active experts only, and only the
 keys that a query may see (Chowdhery et al., https://arxiv.org/abs/2204.02311)."""
 
+import math
+from itertools import accumulate
+
 import torch
 
-from fast import EXPERT_TOKENS, LOSS_TOKENS
+from fast import LOSS_TOKENS, tile_sizes
+from flash import head_groups
+from loop.memory import ahead
 from model import GPTOSS
 
 GIB = 2**30
@@ -118,8 +123,7 @@ def peak_flops(device):
 # of a parameter: weight, gradient, optimizer
 BYTES = {"fp32": (4, 4, 8), "split": (2, 2, 6)}
 
-
-# Where FSDP copies gradients from fp32 to bf16, they live in the memory of its own stream (see
+# With replicas FSDP copies gradients from fp32 to bf16, into the memory of its own stream (see
 # memory.ReduceScatter), which the computation cannot use; with a few GiB more, in six measured runs
 # of the 20b on eight ranks about a block's gradients in bf16 and fp32, it is reserved and unused.
 RESERVED = "reserved by FSDP's streams"
@@ -131,90 +135,127 @@ def adds_in_bf16(ranks, optimizer):
     return ranks <= 2 and optimizer != "fp32"
 
 
+def sent_size(ranks, replicas, optimizer):
+    """Bytes of a gradient as it is sent. memory.ReduceScatter sends what is kept in bf16 as it is,
+    and adds it up in fp32; with replicas FSDP adds it up itself, and sends fp32."""
+    return 2 if adds_in_bf16(ranks, optimizer) or (optimizer != "fp32" and replicas == 1) else 4
+
+
+def widths(config, sp):
+    """Numbers per token in attention's output, and in q, k and v as the ranks exchange them."""
+    heads, kv_heads = config.num_attention_heads, max(config.num_key_value_heads, sp)
+    return heads * config.head_dim, (heads + 2 * kv_heads) * config.head_dim
+
+
+def activations(
+    config, experts, *, sp, seq_len, micro_batch, recompute, offload, keep_blocks=0, gpu_gib=0
+):
+    """[(bytes kept for the backward, bytes worked in)] of one rank, while each block runs its
+    backward, from the first to the last, and then in the loss; for one document per sequence.
+
+    experts(choices, tiled): bytes that the experts' backward works in, for `choices` pairs of a
+    token and an expert at a time: all there are, or a tile's. gpu_gib: GiB of the GPU, by which
+    tiles are cut (fast.tile_sizes); 0: large."""
+    C, F, k = config.hidden_size, config.intermediate_size, config.experts_per_token
+    L, (heads, qkv) = config.num_hidden_layers, widths(config, sp)
+    tile, workspace = tile_sizes(gpu_gib or math.inf)
+    tokens = micro_batch * seq_len // sp
+    tiled, choices = tokens > tile, k * min(tokens, tile)
+    given, gates = 2 * tokens * C, 2 * tokens * k * 2 * F  # a block's input; gates and ups
+    first_whole = 0 if recompute == "none" else L - keep_blocks  # of those that recompute nothing
+    # on their way back from the host
+    fetched = given * offload * (1 + (given <= ahead(gpu_gib or math.inf)))
+    # FlexAttention's mask lists pairs of 128 x 128 tokens, each in four int32: at 1M tokens a GiB
+    windows = any(config.window(i) for i in range(L))
+    mask = windows * 16 * (seq_len // 128) ** 2
+
+    def outs(i):  # FlexAttention's sinks and the all-to-all make a second output of attention
+        return 2 if sp > 1 or config.window(i) else 1
+
+    def inside(i):  # x after attention and both norms; q, k, v; attention's output
+        return 2 * tokens * (3 * C + qkv + outs(i) * heads)
+
+    def stored(i):  # by "attention", of full layers: the output, and its logsumexp in fp32
+        sizes = tokens * (2 * heads + 4 * config.num_attention_heads)
+        return sizes if recompute == "attention" and not config.window(i) else 0
+
+    def kept(i):
+        whole = given + inside(i) + gates
+        return whole if i >= first_whole else given * (not offload) + stored(i)
+
+    def attention(i):
+        """Gradients of q, k, v and the output, and what cuDNN works in (see flash.head_groups). Gone
+        by then: x after attention and its norm, and the second output."""
+        results = 2 * tokens * (qkv + (2 - outs(i)) * heads) - given
+        if config.window(i):
+            return results
+        kv_heads = max(config.num_key_value_heads, sp) // sp
+        groups = head_groups(tokens * heads, kv_heads, workspace)
+        return results + (8 * tokens * heads + 2 * tokens * qkv * (groups > 1)) // groups
+
+    def backward(i):  # of the experts, with the gradients of their input and output; then attention
+        of_experts = experts(choices, tiled) + 2 * given
+        if i >= first_whole:
+            return max(of_experts - 2 * choices * 2 * F, attention(i) - gates)
+        return inside(i) - stored(i) + max(of_experts, attention(i)) + fetched
+
+    sums = list(accumulate(map(kept, range(L))))
+    in_loss = sums[-1], 2 * LOSS_TOKENS * config.vocab_size + 2 * given + mask
+    return [*((sums[i], backward(i) + mask) for i in range(L)), in_loss]
+
+
 def estimate(
-    config,
-    *,
-    parameters,
-    ranks,
-    sp,
-    replicas,
-    seq_len,
-    micro_batch,
-    optimizer,
-    recompute,
-    offload,
-    keep_blocks=0,
-    micro_batches=1,
-    states=None,
+    config, *, parameters, ranks, replicas, optimizer, micro_batches=1, states=None, **run
 ):
     """Memory of one rank in training, for a computation in bf16: {what for: bytes}, which add up to
-    the peak. Counted by hand from model.py, fast.py and FSDP2, for one document per sequence.
+    the peak. Counted by hand from model.py, fast.py and FSDP2. run: what `activations` asks for.
     states: {optimizer: bytes per parameter of its state}, where it is not AdamW's.
 
     The peak is in the loss or in the backward of a block. From the last block to the first, the
     backward frees what the forward kept and makes gradients; in later micro-batches of a step all
     gradients are there from the start."""
-    C, F, k = config.hidden_size, config.intermediate_size, config.experts_per_token
+    C, F = config.hidden_size, config.intermediate_size
     V, L = config.vocab_size, config.num_hidden_layers
-    heads = config.num_attention_heads * config.head_dim
-    qkv = heads + 2 * max(config.num_key_value_heads, sp) * config.head_dim
-    tokens = micro_batch * seq_len // sp
     block, ends = (parameters - 2 * V * C - C) // L, 2 * V * C  # ends: embedding, unembedding
     sizes = (*BYTES[optimizer][:2], (states or {}).get(optimizer, BYTES[optimizer][2]))
     weight, gradient, moments = (size * parameters * replicas // ranks for size in sizes)
-    summed = 2 if adds_in_bf16(ranks, optimizer) else 4  # bytes of a gradient as it is summed
-    # FSDP copies sums in fp32 to gradients in bf16 with replicas; else memory.ReduceScatter does
-    copied = optimizer != "fp32" and summed == 4 and replicas > 1
+    sent = sent_size(ranks, replicas, optimizer)
+    copied = optimizer != "fp32" and sent == 4  # by FSDP, from the sums in fp32
     held = 0
     if replicas > 1 and (copied or micro_batches > 1):
         # the sums of all blocks, until the replicas have added theirs
-        held = summed * parameters * replicas // ranks
+        held = sent * parameters * replicas // ranks
 
-    # What the forward keeps of each block for the backward. A block's tensors: its input; x after
-    # attention and both norms; q, k, v; attention's out, twice where FlexAttention's sinks or the
-    # all-to-all make another; gates and ups.
-    given, gates = 2 * tokens * C, 2 * tokens * k * 2 * F
-    outs = 2 * heads if sp > 1 else 3 * heads // 2
-    inside = 2 * tokens * (3 * C + qkv + outs)
-    # "attention" stores attention's out, and its logsumexp in fp32, of the full layers
-    stored = tokens * (2 * heads + 4 * config.num_attention_heads)
-    stored = [stored * (recompute == "attention" and not config.window(i)) for i in range(L)]
-    whole = L if recompute == "none" else min(keep_blocks, L)  # blocks that recompute nothing
-    kept = [
-        given + inside + gates if i >= L - whole else given * (not offload) + stored[i]
-        for i in range(L)
-    ]
+    def experts(choices, tiled):
+        """x, its gradient, gates and ups, their gradients and so on. Of several tiles, one's last
+        tensors overlap with the next one's, and gradients of weights are summed in fp32."""
+        return 2 * choices * ((3 + tiled) * C + 6 * F) + 4 * block * tiled
 
-    # What a block's backward needs beside that: in experts, per choice of an expert, x, its
-    # gradient, gates and ups, their gradients and so on; or in attention the gradients of q, k, v
-    # and out, and cuDNN's gradient of q in fp32, when the tensors of the experts' half are gone
-    tiled = tokens > EXPERT_TOKENS  # then a tile's last tensors overlap with the next tile's
-    choices = k * min(tokens, EXPERT_TOKENS)
-    experts = 2 * choices * ((3 + tiled) * C + 6 * F) + 4 * block * tiled  # fp32 sums of gradients
-    attention = 2 * tokens * (qkv + 3 * heads) - 2 * given
-    stream = 3 * given + 2 * given * offload  # x, its gradients; inputs on their way back
+    *in_blocks, in_loss = activations(config, experts, **run)
 
-    def backward(i):
-        gradients = gradient if micro_batches > 1 else gradient * (L - 1 - i) * block // parameters
-        of_experts = experts - (2 * choices * 2 * F if i >= L - whole else 0)
-        replayed = 0 if i >= L - whole else inside - stored[i]
-        # in bf16 this block, the next one, and the ends; this block's gradients; those of the
-        # block before, as they are summed; the unembedding's
-        gathered = 2 * (2 * block if i else block) + 2 * ends + 2 * block
-        gathered += summed * block * (i < L - 1) + ends
-        unused = gradient - gradients + 6 * block if copied else 0
+    def needs(gradients, gathered, kept, working):
+        unused = {RESERVED: gradient - gradients + 6 * block} if copied else {}
         return {
             "weights": weight,
             "optimizer": moments,
-            "gradients, kept activations": gradients + sum(kept[: i + 1]),
+            "gradients, kept activations": gradients + kept,
             "gathered by FSDP": gathered + held,
-            "working set": replayed + max(of_experts, attention) + stream,
-            **({RESERVED: unused} if copied else {}),
+            "working set": working,
+            **unused,
         }
 
-    at_loss = backward(L - 1)
-    at_loss["gathered by FSDP"] = 2 * (block + ends) + held
-    at_loss["working set"] = LOSS_TOKENS * V * 2 + V * C * (4 + 2) + 2 * given
+    def backward(i):
+        # in bf16 this block, the next one, and the ends; this block's gradients; those of the
+        # block before, as they are sent; the unembedding's
+        gathered = 2 * (2 * block if i else block) + 2 * ends + 2 * block
+        gathered += sent * block * (i < L - 1) + ends
+        return needs(made(i), gathered, *in_blocks[i])
+
+    def made(i):  # gradients, before the backward of block i
+        return gradient if micro_batches > 1 else gradient * (L - 1 - i) * block // parameters
+
+    kept, working = in_loss
+    at_loss = needs(made(L - 1), 2 * (block + ends), kept, working + V * C * (4 + 2))
     return max((at_loss, *map(backward, range(L))), key=lambda needs: sum(needs.values()))
 
 
@@ -243,9 +284,7 @@ def sent_bytes(
     the few numbers of a step's loss, and for sizes that the ranks divide evenly."""
     shards, L = ranks // replicas, config.num_hidden_layers
     ends = 2 * config.vocab_size * config.hidden_size + config.hidden_size
-    summed = 2 if adds_in_bf16(ranks, optimizer) else 4
-    # memory.ReduceScatter sends what is kept in bf16 in bf16, and adds it up in fp32
-    scattered = 2 if optimizer != "fp32" and replicas == 1 else summed
+    sent = sent_size(ranks, replicas, optimizer)
     # weights are gathered for the forward and again for the backward, those outside of blocks once
     gathered = 2 * (2 * (parameters - ends) + ends)
     if adapters:  # `parameters` are theirs, and frozen weights are gathered only if they are shared
@@ -253,15 +292,14 @@ def sent_bytes(
         gathered = 2 * (2 * (parameters - trained) + trained)
         gathered += adapters["shared"] * (2 * adapters["frozen"] - 2 * (ends - trained))
     # all-to-all: q, k, v and out, in the forward, its replay and the backward
-    heads = config.num_attention_heads * config.head_dim
-    qkv = heads + 2 * max(config.num_key_value_heads, sp) * config.head_dim
+    heads, qkv = widths(config, sp)
     replayed = 0 if recompute == "none" else max(L - keep_blocks, 0)
     tokens = micro_batch * seq_len // sp
     exchanged = 2 * tokens * (2 * L + replayed) * (qkv + heads)
     per_micro_batch = {
         "all_gather": gathered * (shards - 1) // shards,
-        "reduce_scatter": scattered * parameters * (shards - 1) // shards,
+        "reduce_scatter": sent * parameters * (shards - 1) // shards,
         "all_to_all": exchanged * (sp - 1) // sp,
-        "all_reduce": 2 * summed * parameters // shards * (replicas - 1) // replicas,
+        "all_reduce": 2 * sent * parameters // shards * (replicas - 1) // replicas,
     }
     return {kind: micro_batches * size for kind, size in per_micro_batch.items()}

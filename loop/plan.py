@@ -32,9 +32,9 @@ SHARE = 0.93  # of a GPU's memory that a plan may use: CUDA and NCCL take some, 
 def settings_of(options, config, ranks):
     """What `estimate` and `sent_bytes` ask for, of a run with these options."""
     micro_batches = options.batch_size * options.sp // (ranks * options.micro_batch)
-    settings = {name: getattr(options, name) for name in SETTINGS}
+    settings = {name: getattr(options, name) for name in SETTINGS} | {"gpu_gib": card(options)}
     if options.lora_rank:
-        settings["adapters"] = adapters.facts(options, config, card(options))
+        settings["adapters"] = adapters.facts(options, config)
     trained = settings["adapters"]["trained"] if options.lora_rank else count_parameters(config)
     return {"parameters": trained, "ranks": ranks, "micro_batches": micro_batches, **settings}
 

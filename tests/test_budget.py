@@ -1,5 +1,7 @@
 """loop/budget.py: FLOPs against PyTorch's count and by hand, and the bytes of the dry run."""
 
+import math
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -84,7 +86,8 @@ def test_recomputed_flops_are_those_that_pytorch_counts(monkeypatch):
 
 # (ranks, layers, tokens per sequence, sp, micro_batch, micro-batches, optimizer, recompute, kept
 # blocks, offload): GiB allocated at the peak, measured with the 20b's sizes: rehearsed as one of
-# eight on an H100, real training on two H200s, and four layers on two H100s; 2026-11-25.
+# eight on an H100, real training on two H200s, and four layers on two H100s; 2026-11-25. The last
+# five on H200s, 2026-11-26; before them `split` on eight ranks sent gradients in fp32.
 MEASURED = {
     (8, 24, 64, 2, 1, 2, "fp32", "attention", 0, False): 64.1,
     (8, 24, 64, 8, 1, 2, "fp32", "attention", 0, False): 53.4,
@@ -107,11 +110,19 @@ MEASURED = {
     (2, 24, 256, 2, 1, 1, "split", "attention", 0, True): 122.8,
     (2, 24, 512, 2, 1, 1, "split", "all", 0, True): 131.0,
     (2, 4, 1024, 2, 1, 1, "split", "all", 0, True): 74.2,
+    (2, 6, 4, 1, 8, 1, "fp32", "none", 0, False): 65.28,
+    (2, 6, 32, 1, 1, 1, "fp32", "none", 0, False): 65.28,
+    (2, 6, 32, 2, 1, 1, "fp32", "none", 0, False): 56.35,
+    (2, 6, 64, 2, 1, 1, "fp32", "none", 0, False): 65.79,
+    (8, 24, 4, 1, 8, 1, "split", "attention", 13, False): 71.54,
 }
 
 
 @pytest.mark.parametrize("run, measured", MEASURED.items(), ids=str)
-def test_the_estimate_is_within_3_percent_of_what_was_measured(run, measured):
+def test_the_estimate_is_within_3_percent_of_what_was_measured(run, measured, monkeypatch):
+    if run[2] == 1024:  # then attention's backward took all heads at once, and all came back early
+        monkeypatch.setattr(budget, "tile_sizes", lambda gib: (32768, math.inf))
+        monkeypatch.setattr(budget, "ahead", lambda gib: math.inf)
     ranks, layers, k, sp, micro_batch, number, optimizer, recompute, keep_blocks, offload = run
     config = GPTOSSConfig(num_hidden_layers=layers, max_position_embeddings=2**20)
     found = estimate(
@@ -200,18 +211,22 @@ def gathered(ranks, kind, **changes):
     return needs(ranks=ranks, sp=1, optimizer=kind, **changes)[GATHERED]
 
 
-def test_two_ranks_sum_gradients_in_bf16():
-    """2 bytes a number instead of 4, unless the gradients are kept in fp32."""
-    of = {(ranks, kind): gathered(ranks, kind) for ranks in (1, 2, 4) for kind in BYTES}
-    assert of[1, "split"] == of[2, "split"] < of[2, "fp32"]
-    assert of[2, "fp32"] == of[4, "split"] == of[4, "fp32"]
+def test_gradients_are_sent_as_they_are_kept():
+    """In 2 bytes a number instead of 4, unless they are kept in fp32."""
+    cases = [(ranks, kind) for ranks in (1, 2, 4) for kind in BYTES]
+    of = {case: gathered(*case, micro_batches=2) for case in cases}
+    assert of[1, "split"] == of[2, "split"] == of[4, "split"] < of[2, "fp32"] == of[4, "fp32"]
+    block = (1_000_000 - NO_BLOCKS) // 4
+    assert of[4, "fp32"] - of[4, "split"] == 2 * block
 
 
 def test_replicas_wait_for_each_other():
     """FSDP holds the sums of all blocks, this rank's share of them in fp32, until the replicas' are
     added; but not those that are the gradients themselves."""
     held = 4 * 1_000_000 * 2 // 8
-    cases = ("fp32", 1, 0), ("fp32", 2, held), ("split", 1, held), ("split", 2, held)
+    wider = 2 * (1_000_000 - NO_BLOCKS) // 4  # a block's gradients, in fp32 only with replicas
+    cases = (("fp32", 1, 0), ("fp32", 2, held), ("split", 1, held + wider),
+             ("split", 2, held + wider))  # fmt: skip
     for kind, micro_batches, more in cases:
         two = gathered(8, kind, replicas=2, micro_batches=micro_batches)
         assert two - gathered(8, kind, micro_batches=micro_batches) == more
@@ -221,3 +236,33 @@ def test_longer_sequences_need_more_of_what_they_fill():
     short, long = needs(seq_len=2**20), needs(seq_len=2**21)
     assert {what for what in short if long[what] > short[what]} == {KEPT, "working set"}
     assert all(size > 0 for size in short.values())
+
+
+def test_the_masks_of_windows_are_counted():
+    """Ranks that share a sequence twice as long hold as many tokens, and the mask of all of it."""
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 6}
+    config, found = tiny_config(**heads), []
+    for sp, S in (3, 2**14), (6, 2**15):
+        run = RUN | {"ranks": 6, "sp": sp, "seq_len": S, "parameters": NO_BLOCKS}
+        mask = fast.block_mask(S, config.sliding_window, None, "cpu")
+        lists = mask.kv_indices, mask.full_kv_indices, mask.q_indices, mask.full_q_indices
+        found.append((estimate(config, **run)["working set"], sum(x.nbytes for x in lists)))
+    (short, short_mask), (long, long_mask) = found
+    assert long - short == long_mask - short_mask > 0
+
+
+def test_a_small_card_works_in_smaller_tiles():
+    """Of the sizes that fast.fit_tiles sets; and inputs come back from the host one at a time."""
+    config, tokens = tiny_config(intermediate_size=2000), 2**16
+    run = RUN | {"seq_len": 2**17, "parameters": NO_BLOCKS}
+
+    def working(**changes):
+        return estimate(config, **run, **changes)["working set"]
+
+    assert working(gpu_gib=80) == working()
+    tiles = [fast.tile_sizes(gib)[0] for gib in (80, 24)]
+    each = 2 * config.experts_per_token * (4 * config.hidden_size + 6 * config.intermediate_size)
+    assert working(gpu_gib=80) - working(gpu_gib=24) == each * (tiles[0] - tiles[1]) > 0
+    run["offload"], given = True, 2 * tokens * config.hidden_size
+    late = working(gpu_gib=80) - working(gpu_gib=24) - each * (tiles[0] - tiles[1])
+    assert late == given

@@ -147,6 +147,18 @@ def test_verdict_where_nothing_fits():
     assert "lora.py" in text[-1]
 
 
+def test_a_small_card_is_planned_with_its_tiles():
+    """Those that train.py sets there, for every weight as for adapters."""
+    for config in "gptoss_64k", "gptoss_lora":
+        peaks = []
+        for gib in 24, 48, 80:
+            told = [f"configs/{config}.py", "--checkpoint=", "--dry_run", f"--gpu_gib={gib}"]
+            options = parse(told, "")
+            found = plan.model_config(options)
+            peaks.append(plan.peak(found, plan.settings_of(options, found, options.ranks)))
+        assert peaks[0] < peaks[1] == peaks[2], config
+
+
 def test_the_dry_run_says_it_where_a_gpu_is_named(monkeypatch, capsys):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr(plan.torch.cuda, "is_available", lambda: False)
