@@ -4,6 +4,7 @@
     python -m bench --against=transformers   # and transformers on the same rows
     torchrun --nproc_per_node 2 -m bench     # full training steps, 16 x 4K … 1M tokens
     python -m bench --rehearse=8             # one rank of eight, 4K … 1M tokens, on one GPU
+    python -m bench --rehearse=8 --gpu_gib=80  # the same in 80 GiB, on a larger GPU
     python -m bench --documents=512,mix      # packed documents beside plain sequences
     python -m bench --fast=false --rows=4K   # the definitions of model.py, fast twins off
     python -m bench --ablation               # what each optimisation is worth
@@ -26,6 +27,7 @@ import os
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as in train.py
 
 import argparse
+import math
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -98,6 +100,10 @@ OPTIONS = {  # of a measurement
     "optimizer": (
         {"choices": ["fp32", "split"]},
         "torchrun: as in train.py, default split; --rehearse: default the fastest",
+    ),
+    "gpu_gib": (
+        {"type": float, "metavar": "GIB"},
+        "--rehearse: as on a GPU of so many GiB (an H100 of 80 GB: 79.2); default all of this one's",
     ),
     "out": (
         {"type": Path, "default": Path("runs/bench"), "metavar": "DIR"},
@@ -179,6 +185,12 @@ def measure(options, parser):
     if options.against not in (None, against):
         can = f"--against={against}" if against else "nothing"
         parser.error(f"--against={options.against}: --{name} is compared with {can}")
+    if options.gpu_gib is not None:
+        given = f"--gpu_gib={options.gpu_gib:g}"
+        if name != "rehearse":
+            refuse(parser, f"{given} limits a rehearsal: give --rehearse=8 too, or leave it out")
+        if not 0 < options.gpu_gib < math.inf:
+            refuse(parser, f"{given} must be positive, and finite")
     name = "train" if torchrun and name == "bench" else name
     sections, on_gpu, on_cpu, *layers = COMMANDS[name]
     usual = on_gpu if GPU else on_cpu

@@ -1,5 +1,5 @@
 """One rank of many, measured on one GPU: `python -m bench --rehearse=8`, and beside the real
-ranks."""
+ranks; with --gpu_gib as on a smaller GPU."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ import torch
 import train
 from bench.common import GPU, K, attempt
 from bench.report import length, say, say_row
-from bench.settings import fitting, ranks_per_sequence
+from bench.settings import card, fitting, ranks_per_sequence
 from bench.speed import SPEED
 from loop import plan
 from loop.budget import flops_per_token
@@ -50,8 +50,8 @@ def usual_rows(ranks):
 
 
 def choose(options, config, ranks, sequences, S):
-    """train.py's options for a row: the fastest that fit this GPU by the dry run's arithmetic; what
-    the command line says stays."""
+    """train.py's options for a row: the fastest that fit this GPU, or --gpu_gib of it, by the dry
+    run's arithmetic; what the command line says stays."""
     sp = ranks_per_sequence(options, ranks, sequences)
     micro_batch = max(1, sequences * sp // ranks)
     row = Options(
@@ -63,9 +63,10 @@ def choose(options, config, ranks, sequences, S):
         seq_len=S,
         batch_size=micro_batch * ranks // sp,
         micro_batch=micro_batch,
+        gpu_gib=options.gpu_gib or 0.0,
         rehearse=True,
     )
-    settings = plan.settings_of(row, config, ranks)
+    settings = plan.settings_of(row, config, ranks) | {"gpu_gib": card(options)}
     return replace(row, **fitting(options, config, settings, ("fp32", "split")))
 
 
@@ -111,6 +112,8 @@ def section(options, config, results):
         results.add("rows", line)
         rows.append(line)
     say(f"\nOne rank of {ranks}, rehearsed: the other ranks and communication are not there")
+    if options.gpu_gib:
+        say(f"in {options.gpu_gib:g} GiB: settings are chosen to fit, and no row may use more")
     if options.against:
         say("real: the same steps on real ranks; communication: how much longer they take")
     say_row(columns)

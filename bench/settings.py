@@ -11,10 +11,18 @@ def ranks_per_sequence(options, ranks, sequences):
     return max(1, ranks // sequences) if options.sp is None else options.sp
 
 
+def card(options):
+    """GiB that a row may use of this GPU: all, or --gpu_gib. Without a GPU --gpu_gib, or 80."""
+    if not GPU:
+        return options.gpu_gib or 80
+    there = torch.cuda.get_device_properties(DEVICE).total_memory / GIB
+    return min(options.gpu_gib or there, there)
+
+
 def fitting(options, config, settings, optimizers):
-    """{optimizer, recompute, keep_blocks, offload}: the fastest that fit this GPU by the dry run's
-    arithmetic, or if none do, those that need least. What the command line says stays, whether it
-    fits or not."""
+    """{optimizer, recompute, keep_blocks, offload}: the fastest that fit settings["gpu_gib"] by the
+    dry run's arithmetic, or if none do, those that need least. What the command line says stays,
+    whether it fits or not."""
     given = {"optimizer": options.optimizer, "keep_blocks": options.keep_blocks}
     given["recompute"] = None if options.recompute == "auto" else options.recompute
     given = {name: value for name, value in given.items() if value is not None}
@@ -26,7 +34,7 @@ def fitting(options, config, settings, optimizers):
         if given.items() <= (choice := recomputation | {"optimizer": optimizer}).items()
         and (GPU or not choice["offload"])
     ] or [usual | {"optimizer": optimizers[0]} | given]
-    memory = torch.cuda.get_device_properties(DEVICE).total_memory if GPU else 80 * GIB
-    best = plan.fastest(config, settings, plan.SHARE * memory, choices)
+    room = plan.SHARE * settings["gpu_gib"] * GIB
+    best = plan.fastest(config, settings, room, choices)
     best = best or min(choices, key=lambda choice: plan.peak(config, settings | choice))
     return {name: best[name] for name in ("optimizer", "recompute", "keep_blocks", "offload")}

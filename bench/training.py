@@ -18,7 +18,7 @@ import sp
 from bench.common import DEVICE, DTYPE, GIB, GPU, LONG, K, out_of_memory, release, synchronize
 from bench.kernels import measure_matmul
 from bench.report import length, say, say_row
-from bench.settings import fitting, ranks_per_sequence
+from bench.settings import card, fitting, ranks_per_sequence
 from bench.speed import SPEED, measure_steps
 from loop import plan
 from loop.memory import HostMemory
@@ -147,6 +147,7 @@ def row_of(options, config, parameters, ranks, sequences, S):
         "seq_len": S,
         "micro_batch": micro_batch,
         "micro_batches": 1,
+        "gpu_gib": card(options),
     }
     found = fitting(options, config, settings, (options.optimizer,))
     return {

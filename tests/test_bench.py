@@ -285,14 +285,15 @@ SETTINGS = {"parameters": 20_914_757_184, "ranks": 8, "sp": 1, "replicas": 1, "s
 SETTINGS |= {"micro_batch": 1, "micro_batches": 1}
 
 
-def fitting(gib, monkeypatch, recompute="auto", keep_blocks=None, optimizer=None):
-    """As a GPU of `gib` GiB: (optimizer, recompute, kept blocks, offload)."""
+def fitting(gib, monkeypatch, recompute="auto", keep_blocks=None, optimizer=None, gpu_gib=None):
+    """On a GPU of `gib` GiB: (optimizer, recompute, kept blocks, offload)."""
     monkeypatch.setattr(settings, "GPU", True)
     properties = types.SimpleNamespace(total_memory=gib * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     given = {"recompute": recompute, "keep_blocks": keep_blocks, "optimizer": optimizer}
-    options = types.SimpleNamespace(**given)
-    found = settings.fitting(options, GPTOSSConfig(), SETTINGS, ("fp32", "split"))
+    options = types.SimpleNamespace(**given, gpu_gib=gpu_gib)
+    run = SETTINGS | {"gpu_gib": settings.card(options)}
+    found = settings.fitting(options, GPTOSSConfig(), run, ("fp32", "split"))
     return tuple(found.values())
 
 
@@ -307,6 +308,12 @@ def test_settings_are_the_fastest_that_fit(monkeypatch):
         kept.append(blocks)
     assert 0 <= kept[0] < kept[1] < kept[2] < 24
     assert fitting(10, monkeypatch)[:2] == ("split", "all")
+
+
+def test_settings_fit_the_smaller_of_the_gpu_and_gpu_gib(monkeypatch):
+    small, large = fitting(80, monkeypatch), fitting(141, monkeypatch)
+    assert small != large
+    assert fitting(141, monkeypatch, gpu_gib=80) == fitting(80, monkeypatch, gpu_gib=141) == small
 
 
 def test_settings_that_are_given_stay(monkeypatch):
@@ -432,6 +439,8 @@ def test_accuracy(dtype, run, monkeypatch):
         (["--accuracy", "--rows=1"], "at least 2 tokens"),
         (["--rows=2x4K"], "start it by torchrun"),
         (["--documents=512,all"], "'512,all' is no list such as 512,4096,mix"),
+        (["--rehearse=2", "--gpu_gib=-1"], "--gpu_gib=-1 must be positive, and finite"),
+        (["--gpu_gib=80"], "--gpu_gib=80 limits a rehearsal: give --rehearse=8 too"),
         (["--rehearse=0"], "'0' is no number of ranks: 1 or more"),
         (["--profile", "--accuracy"], "not allowed with"),
         (["--plot", "--out=nowhere"], "nowhere/bench.json does not exist: run `python -m bench`"),
@@ -556,11 +565,22 @@ def test_rehearsal_goes_on_after_a_row_that_fails(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     original, failures = rehearsal.rehearse, iter([ValueError("rehearsal: out of memory: try")])
 
+    limits = []  # that train.py gets
+
     def rehearse(row, train):
         if failure := next(failures, None):
             raise failure
-        return original(row, train)
+
+        def train_and_see(options):
+            limits.append(options.gpu_gib)
+            return train(options)
+
+        return original(row, train_and_see)
 
     monkeypatch.setattr(rehearsal, "rehearse", rehearse)
-    _, results = run("--rehearse=2", "--rows=2x32,32", "--layers=1", name="rehearse")
-    assert [row.get("error") for row in results["rows"]] == ["out of memory", None]
+    arguments = "--rehearse=2", "--rows=2x32,32", "--layers=1", "--gpu_gib=0.001"
+    printed, results = run(*arguments, name="rehearse")
+    rows = results["rows"]
+    assert [row.get("error") for row in rows] == ["out of memory", None] and limits == [0.001]
+    assert [row["optimizer"] for row in rows] == ["split", "split"], "too little for fp32"
+    assert "in 0.001 GiB" in printed
