@@ -103,7 +103,7 @@ OPTIONS = {  # of a measurement
     ),
     "gpu_gib": (
         {"type": float, "metavar": "GIB"},
-        "--rehearse: as on a GPU of so many GiB (an H100 of 80 GB: 79.2); default all of this one's",
+        "--rehearse: as on a GPU of so many GiB (an H100: 79.2); default all that it has",
     ),
     "out": (
         {"type": Path, "default": Path("runs/bench"), "metavar": "DIR"},

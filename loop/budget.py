@@ -184,8 +184,8 @@ def activations(
         return whole if i >= first_whole else given * (not offload) + stored(i)
 
     def attention(i):
-        """Gradients of q, k, v and the output, and what cuDNN works in (see flash.head_groups). Gone
-        by then: x after attention and its norm, and the second output."""
+        """Gradients of q, k, v and the output, and what cuDNN works in (flash.head_groups). Gone by
+        then: x after attention and its norm, and the second output."""
         results = 2 * tokens * (qkv + (2 - outs(i)) * heads) - given
         if config.window(i):
             return results
