@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import fast
+import flash
 from bench.common import TINY
 from common import batch, noise_, tiny_config
 from loop import budget
@@ -244,7 +245,7 @@ def test_the_masks_of_windows_are_counted():
     config, found = tiny_config(**heads), []
     for sp, S in (3, 2**14), (6, 2**15):
         run = RUN | {"ranks": 6, "sp": sp, "seq_len": S, "parameters": NO_BLOCKS}
-        mask = fast.block_mask(S, config.sliding_window, None, "cpu")
+        mask = flash.block_mask(S, config.sliding_window, None, "cpu")
         lists = mask.kv_indices, mask.full_kv_indices, mask.q_indices, mask.full_q_indices
         found.append((estimate(config, **run)["working set"], sum(x.nbytes for x in lists)))
     (short, short_mask), (long, long_mask) = found
