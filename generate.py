@@ -3,6 +3,9 @@
     answers = generate(model, prompts, max_tokens=200, stop=tokenizer.stop)  # prompts: token lists
     for tokens, logprobs in answers: ...
 
+    decoder = Decoder(model, slots=64, capacity=2048)  # for a loop that also updates the weights
+    answers = decoder.answers(prompts, max_tokens=200, stop=tokenizer.stop)
+
 A prompt passes the model once, through the kernels that training uses, and leaves its keys and
 values in a cache. From then on each step feeds the newest token of every sequence and draws the
 next. On a GPU a step is one CUDA graph: without it, launching some thousand small kernels takes
@@ -23,6 +26,7 @@ from typing import NamedTuple
 
 import torch
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 import fast
 import flash
@@ -66,31 +70,27 @@ def generate(
     time. graphs: whether a step is captured; None: wherever it can be.
 
     An FSDP-wrapped model is gathered once, by all its ranks together; then each rank generates for
-    its own prompts, also in a sequence-parallel group. ValueError: see check_request."""
-    prompts, vocabulary = [list(prompt) for prompt in prompts], model.config.vocab_size
-    for prompt in prompts:
-        check_request(model.config, prompt, max_tokens, temperature, top_p)
-        if wrong := [token for token in prompt if not 0 <= token < vocabulary]:
-            raise ValueError(f"a prompt has token {wrong[0]}: vocab_size is {vocabulary}")
-    room = max((room_for(model.config, p, max_tokens) + len(p) for p in prompts), default=1)
-    answers = [Answer([], []) for _ in prompts]
-    with sp.alone(), gathered(model):
-        slots = max(min(together, len(prompts)), 1)
-        decoder = Decoder(model, slots, room, temperature, top_p, drawable, graphs)
-        for number, token, logprob in decoder.stream(prompts, max_tokens, stop, seeds):
-            answers[number].tokens.append(token)
-            answers[number].logprobs.append(logprob)
-    return answers
+    its own prompts, also in a sequence-parallel group. ValueError: see check_request.
+
+    A loop that generates again and again keeps a Decoder: a GPU then captures its steps once."""
+    slots = max(min(together, len(prompts)), 1)
+    longest = max(map(len, prompts), default=0) + max(max_tokens, 1)
+    capacity = min(longest, model.config.max_position_embeddings)
+    with gathered(model):
+        decoder = Decoder(model, slots, capacity, temperature, top_p, drawable, graphs)
+        return decoder.answers(prompts, max_tokens, stop, seeds)
 
 
 def check_request(config, prompt, max_tokens, temperature, top_p):
     """ValueError for a prompt or numbers that cannot be worked with."""
-    context = config.max_position_embeddings
+    context, vocabulary = config.max_position_embeddings, config.vocab_size
     if not 0 < len(prompt) < context:
         raise ValueError(
             f"a prompt of {len(prompt)} tokens: this model takes 1 to {context - 1}, "
             "and needs room to answer"
         )
+    if wrong := [token for token in prompt if not 0 <= token < vocabulary]:
+        raise ValueError(f"a prompt has token {wrong[0]}: vocab_size is {vocabulary}")
     for name, value, fine in (
         ("max_tokens", max_tokens, max_tokens >= 1),
         ("temperature", temperature, 0 <= temperature < float("inf")),
@@ -110,8 +110,8 @@ def room_for(config, prompt, max_tokens):
 @contextmanager
 def gathered(model):
     """Inside, every rank holds the whole weights of an FSDP-wrapped model, in the dtype it computes
-    in: gathered once, with no communication afterwards."""
-    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    in: gathered once, with no communication afterwards. Nested, the outermost frees them."""
+    parts = [part for part in model.modules() if isinstance(part, FSDPModule) and is_sharded(part)]
     for part in parts:
         part.unshard()
     try:
@@ -119,6 +119,10 @@ def gathered(model):
     finally:
         for part in parts:
             part.reshard()
+
+
+def is_sharded(module):
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 def forward(model, tokens, positions, attend):
@@ -231,12 +235,17 @@ class Decoder:
 
     Holds the keys and values of each layer, (B, K, capacity, D), of windowed layers (B, K, window,
     D) as a ring; and of each slot its newest token, that token's position, and the number that
-    draws its successor. Serves any number of calls to `stream`, one after the other."""
+    draws its successor. Serves any number of calls to `answers` and `stream`, one after the other,
+    also after the weights have changed. Temperature, top_p and drawable are fixed: captured steps
+    contain them. All ranks of an FSDP-wrapped model make their decoders together."""
 
     def __init__(
         self, model, slots, capacity, temperature=1.0, top_p=1.0, drawable=None, graphs=None
     ):
-        config, weight = model.config, model.embedding.weight
+        config = model.config
+        with gathered(model):  # FSDP may compute in another dtype than it stores
+            weight = model.embedding.weight
+            self.captures = capturable(model, slots) if graphs is None else graphs
         self.model, self.slots, self.capacity = model, slots, capacity
         self.temperature, self.top_p, self.device = temperature, top_p, weight.device
         self.drawable = None if drawable is None else drawable.to(self.device)
@@ -252,9 +261,34 @@ class Decoder:
         self.logprob = torch.zeros(slots, device=self.device)
         self.uniform = torch.zeros(slots, capacity, dtype=torch.float64, device=self.device)
         self.length = [0] * slots  # of each sequence; position + 1, without asking the GPU
-        self.captures = capturable(model, slots) if graphs is None else graphs
         self.ahead = int(self.captures)  # steps that are started before a token is looked at
-        self.graphs, self.pool = {}, None
+        self.graphs, self.pool, self.addresses = {}, None, None
+
+    @torch.no_grad()
+    def answers(self, prompts, max_tokens, stop=(), seeds=None):
+        """The Answer to each of `prompts`, see generate; it ends where `capacity` is full.
+        ValueError also for a prompt that leaves no room there."""
+        prompts = [list(prompt) for prompt in prompts]
+        for prompt in prompts:
+            check_request(self.model.config, prompt, max_tokens, self.temperature, self.top_p)
+            if len(prompt) >= self.capacity:
+                raise ValueError(
+                    f"capacity={self.capacity} leaves no room to answer a prompt of {len(prompt)} "
+                    "tokens: make it larger"
+                )
+        answers = [Answer([], []) for _ in prompts]
+        with sp.alone(), gathered(self.model):
+            for number, token, logprob in self.stream(prompts, max_tokens, stop, seeds):
+                answers[number].tokens.append(token)
+                answers[number].logprobs.append(logprob)
+        return answers
+
+    def drop_stale_graphs(self):
+        """Forget captured steps if a weight has moved: they read it at its old address. An
+        optimizer changes weights in place; FSDP may gather them to other addresses each time."""
+        addresses = [parameter.data_ptr() for parameter in self.model.parameters()]
+        if addresses != self.addresses:
+            self.graphs, self.pool, self.addresses = {}, None, addresses
 
     @torch.no_grad()
     def start(self, sequences):
@@ -372,9 +406,11 @@ class Decoder:
     @torch.no_grad()
     def stream(self, prompts, max_tokens, stop=(), seeds=None):
         """Yield (number of the prompt, token, its log p) as they come. Arguments: see generate.
+        An FSDP-wrapped model must be gathered meanwhile, as `answers` does it.
 
         Where steps are captured, the GPU is one ahead: it computes the next token while this one
         is looked at. The step after a sequence's last token may be in vain, and is not read."""
+        self.drop_stale_graphs()
         seeds = range(len(prompts)) if seeds is None else seeds
         waiting, running, flights = deque(enumerate(zip(prompts, seeds))), {}, deque()
         free = list(range(self.slots))

@@ -40,7 +40,7 @@ import torch.distributed as dist
 
 import sp
 import train
-from generate import generate
+from generate import Decoder
 from loop.checks import check_model
 from loop.guards import fail
 from loop.options import parse
@@ -75,7 +75,14 @@ def reward(messages, answer):
     return float(said == wanted)
 
 
-def draw(options, model, tokenizer, asked, number, seed):
+def make_decoder(options, model, tokenizer):
+    """The Decoder of all draws: the answers of a step pass it together."""
+    slots = math.ceil(options.batch_size / dist.get_world_size())
+    texts = drawable(model.config.vocab_size, tokenizer)
+    return Decoder(model, slots, options.seq_len, drawable=texts)
+
+
+def draw(options, decoder, tokenizer, asked, number, seed):
     """`number` answers to each of the questions `asked`: tokens and targets (N, S), of which only
     the answers' count, and rewards (N). Each rank draws a part, and gets them all."""
     asked = [pair for pair in asked for _ in range(number)]
@@ -85,14 +92,8 @@ def draw(options, model, tokenizer, asked, number, seed):
         raise ValueError(f"seq_len={options.seq_len}: a question alone has {longest} tokens")
     ranks, first = dist.get_world_size(), seed << 20
     mine = slice(dist.get_rank(), None, ranks)
-    drawn = generate(
-        model,
-        prompts[mine],
-        max_tokens=options.seq_len - longest,
-        stop=tokenizer.stop,
-        seeds=range(first, first + len(prompts))[mine],
-        drawable=drawable(model.config.vocab_size, tokenizer),
-    )
+    seeds = range(first, first + len(prompts))[mine]
+    drawn = decoder.answers(prompts[mine], options.seq_len - longest, tokenizer.stop, seeds)
     parts, answers = [None] * ranks, [None] * len(prompts)
     dist.all_gather_object(parts, [answer.tokens for answer in drawn])
     for rank, part in enumerate(parts):
@@ -176,6 +177,7 @@ def learn(options):
     optimizer = train.build_optimizer(options, model)
     # log probabilities are a view, in which FSDP forbids to write: nothing here does
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
+    decoder = make_decoder(options, model, tokenizer)
     folder = Path("runs") / options.name
     metrics, shuffle = folder / "metrics.jsonl", torch.Generator().manual_seed(options.seed)
     if dist.get_rank() == 0:
@@ -185,14 +187,14 @@ def learn(options):
 
     for step in range(options.steps + 1):
         if step == options.steps or step % (options.eval_every or options.steps) == 0:
-            *_, rewards = draw(options, model, tokenizer, aside, EVAL_ANSWERS, seed=step)
+            *_, rewards = draw(options, decoder, tokenizer, aside, EVAL_ANSWERS, seed=step)
             record(metrics, step=step, aside=rewards.mean().item())
         if step == options.steps:
             break
         start, seed = time.perf_counter(), (options.seed + 1) * 10_000 + step
         picked = torch.randperm(len(to_learn), generator=shuffle)[:questions_per_step]
         asked = [to_learn[i] for i in picked]
-        tokens, targets, rewards = draw(options, model, tokenizer, asked, GROUP, seed)
+        tokens, targets, rewards = draw(options, decoder, tokenizer, asked, GROUP, seed)
         weights = weigh(targets, rewards)
         batches = list(prepare(options, model, device, tokens, targets, weights))
         lr = train.learning_rate(options, step)

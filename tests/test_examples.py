@@ -213,7 +213,8 @@ def grpo_on_ranks(n):
     options, cpu = options_of(*MODEL, "--checkpoint=", f"--sp={n}"), torch.device("cpu")
     mesh = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("replica", "shard"))
     model = noise_(train.build_model(options, model_config(options), cpu, mesh, torch.float32))
-    drawn = tokens, targets, _ = grpo.draw(options, model, BYTES, ASKED, grpo.GROUP, seed=3)
+    decoder = grpo.make_decoder(options, model, BYTES)
+    drawn = tokens, targets, _ = grpo.draw(options, decoder, BYTES, ASKED, grpo.GROUP, seed=3)
     weights, batches = grpo.weigh(targets, REWARDS), []
     prepared = grpo.prepare(options, model, cpu, tokens, targets, weights)
     for mine, (*part, routes, old) in zip(train.my_sequences(options, 0, 16), prepared):

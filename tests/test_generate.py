@@ -1,6 +1,7 @@
 """Generation: the cache changes nothing, a sequence depends on its seed alone, tokens are drawn as
 they should be, and sharded models generate too."""
 
+import contextlib
 import functools
 
 import pytest
@@ -324,7 +325,122 @@ def test_each_sequence_is_drawn_from_its_own_logits():
 
 
 # --------------------------------------------------------------------------------------------------
+# A decoder that is kept
+
+
+def update(model):
+    """An optimizer's step, which changes the weights in place."""
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    tokens = torch.arange(24).view(1, 24) % 61
+    model(tokens, tokens.roll(-1, 1)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("temperature, top_p", [(0.6, 0.8), (0, 1.0)])
+def test_a_kept_decoder_draws_as_a_new_one_after_an_update(temperature, top_p):
+    model = noise_(GPTOSS(tiny_config()))
+    prompts, allowed = make_prompts(model.config), torch.arange(61) % 3 > 0
+    settings = 3, 60, temperature, top_p, allowed
+    kept = Decoder(model, *settings)
+    for asked, seeds in (prompts, [4, 0, 9, 4, 5, 6]), (prompts[:3], [3, 3, 1]):
+        expected = Decoder(model, *settings).answers(asked, 12, seeds=seeds)
+        assert kept.answers(asked, 12, seeds=seeds) == expected  # log p, too, to the last bit
+        update(model)
+        again = kept.answers(asked, 12, seeds=seeds)
+        assert any(one.tokens != other.tokens for one, other in zip(again, expected))
+    options = {"temperature": temperature, "top_p": top_p, "drawable": allowed, "together": 3}
+    assert kept.answers(prompts, 12) == generate(model, prompts, 12, **options)
+
+
+def test_capacity_is_for_prompt_and_answer():
+    model = noise_(GPTOSS(tiny_config()))
+    decoder, whole = Decoder(model, 2, 30), generate(model, [[1] * 29, [1, 2, 3]], 40)
+    answers = decoder.answers([[1] * 29, [1, 2, 3]], 40)
+    assert [len(tokens) for tokens, _ in answers] == [1, 27]
+    assert answers[1].tokens == whole[1].tokens[:27]
+    with pytest.raises(ValueError, match="capacity=30 leaves no room to answer a prompt of 30 tok"):
+        decoder.answers([[1, 2], [1] * 30], 5)
+    with pytest.raises(ValueError, match="max_tokens=0"):
+        decoder.answers([[1, 2]], 0)
+
+
+class Recorded:
+    """In CUDAGraph's place: a replay repeats the step with each weight in the memory that it had
+    at the capture."""
+
+    capturing = None  # the Recorded that notes the next step
+
+    def replay(self):
+        now = {}
+        for p, memory in self.weights.items():
+            now[p], p.data = p.data, memory
+        ADVANCE(self.decoder, self.T)
+        for p, memory in now.items():
+            p.data = memory
+
+    def pool(self):
+        return "a pool"
+
+
+ADVANCE = Decoder.advance
+
+
+@contextlib.contextmanager
+def capture(graph, pool):
+    Recorded.capturing = graph
+    yield
+    Recorded.capturing = None
+
+
+def advance_or_capture(decoder, T):
+    if graph := Recorded.capturing:
+        graph.decoder, graph.T = decoder, T
+        graph.weights = {p: p.data for p in decoder.model.parameters()}
+    else:
+        ADVANCE(decoder, T)
+
+
+def test_captured_steps_are_kept_as_long_as_the_weights_stay(monkeypatch):
+    """An update leaves a weight at its address. If it moves, all steps are captured anew."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(Decoder, "advance", advance_or_capture)
+    model, prompts = noise_(GPTOSS(tiny_config())), [[1, 2, 3], [4], [5, 6]]
+    kept, graphs = Decoder(model, 2, 60, graphs=True), []
+    for moved in (), (), (model.embedding.weight,), (), (model.blocks[2].mlp.down_bias,):
+        for parameter in moved:
+            memory, parameter.data = parameter.data, parameter.data.clone()
+            memory.fill_(torch.nan)
+        assert kept.answers(prompts, 9) == generate(model, prompts, 9, together=2)
+        graphs.append(list(kept.graphs.values()))
+        update(model)
+    assert len(graphs[0]) > 8
+    for n, same in (1, True), (2, False), (3, True), (4, False):
+        assert len(graphs[n]) == len(graphs[0])
+        assert all((one is other) == same for one, other in zip(graphs[n - 1], graphs[n]))
+
+
+# --------------------------------------------------------------------------------------------------
 # Sharded models
+
+
+def check_a_kept_decoder(mesh, prompts, batch):
+    """Of a model that FSDP stores in fp32, gathers in bf16 and shards between draws."""
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    model = GPTOSS(tiny_config(num_key_value_heads=2))
+    for part in [*model.blocks, model]:
+        fully_shard(part, mesh=mesh, mp_policy=policy)
+    decoder, optimizer = Decoder(noise_(model), 2, 60), torch.optim.SGD(model.parameters(), 3.0)
+    assert {x.dtype for x in decoder.keys} == {torch.bfloat16}
+    drawn = []
+    for _ in range(2):
+        drawn.append(decoder.answers(prompts, 8))
+        assert drawn[-1] == Decoder(model, 2, 60).answers(prompts, 8)
+        model(*batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert drawn[0] != drawn[1]
 
 
 def generate_on_a_rank(share_sequences):
@@ -360,6 +476,7 @@ def generate_on_a_rank(share_sequences):
         model.zero_grad()
     FSDPModule.unshard = unshard
     assert results[:2] == results[2:]
+    check_a_kept_decoder(mesh, prompts, batch)
     return (*results[:2], sum(gathers), len(gathers), rows)
 
 

@@ -470,6 +470,38 @@ def test_captured_steps_equal_launched_ones(slots, top_p):
     assert list(decoder.graphs) == [256, 512, 700]  # read more of the cache as it fills
 
 
+@pytest.mark.parametrize("slots", [1, 3])
+def test_captured_steps_read_weights_that_changed_in_place(slots):
+    """A kept decoder replays what it captured before an update, and draws as a new one does. Where
+    weights have moved it captures anew, or it would read what lies at their old place."""
+    model = noise_(GPTOSS(small_config(sliding_window=16))).to(CUDA, torch.bfloat16)
+    prompts = [batch(model.config, 1, n)[0][0].tolist() for n in (250, 3, 90)]
+    kept, optimizer = Decoder(model, slots, 400), torch.optim.SGD(model.parameters(), 0.3)
+    tokens, targets = (x.to(CUDA) for x in batch(model.config, 1, 128))
+    drawn, captured = [], []
+    for moves in (False, False, True):
+        if moves:
+            olds = [parameter.data for parameter in model.parameters()]
+            for parameter in model.parameters():
+                parameter.data = parameter.data.clone()
+            for old in olds:
+                old.fill_(torch.nan)
+        found = kept.answers(prompts, 60)
+        expected = Decoder(model, slots, 400).answers(prompts, 60)
+        for one, other in zip(found, expected):
+            assert one.tokens == other.tokens
+            torch.testing.assert_close(one.logprobs, other.logprobs, rtol=0, atol=1e-3)
+        drawn.append([answer.tokens for answer in found])
+        captured.append(dict(kept.graphs))
+        model(tokens, targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert drawn[0] != drawn[1] != drawn[2]
+    assert captured[0] and captured[0] == captured[1]
+    assert captured[2].keys() == captured[1].keys()
+    assert not set(captured[1].values()) & set(captured[2].values())
+
+
 # --------------------------------------------------------------------------------------------------
 # In processes of their own
 
