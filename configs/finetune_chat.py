@@ -25,7 +25,8 @@ log_every = 20
 
 
 def _chats():
-    """(question, answer) of each chat: every way to ask, about every keyword."""
+    """(question, answer) of each chat to train on, every way to ask about every keyword; and of
+    five that are held back."""
     ways = [
         "Which keyword {}?",
         "Name the keyword that {}.",
@@ -49,11 +50,13 @@ def _chats():
         "await": "waits for a coroutine",
         "lambda": "writes a function in one line",
     }
-    return [
+    chats = [
         (way.format(does), f"It is {keyword}.")
         for keyword, does in keywords.items()
         for way in ways
     ]
+    held_back = chats[5::11]
+    return [chat for chat in chats if chat not in held_back], held_back
 
 
 if __name__ == "__main__":  # python configs/finetune_chat.py FILE
@@ -65,11 +68,11 @@ if __name__ == "__main__":  # python configs/finetune_chat.py FILE
         raise SystemExit("name the file to write: python configs/finetune_chat.py data/chat.jsonl")
     path = Path(sys.argv[1])
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file, open(path.with_stem(f"{path.stem}-val"), "w") as held_back:
-        for number, (question, answer) in enumerate(_chats()):
-            messages = [
-                {"role": "user", "content": question},
-                {"role": "assistant", "content": answer},
-            ]
-            where = held_back if number % 11 == 5 else file
-            where.write(json.dumps({"messages": messages}) + "\n")
+    for name, chats in zip((path, path.with_stem(f"{path.stem}-val")), _chats()):
+        with open(name, "w") as file:
+            for question, answer in chats:
+                messages = [
+                    {"role": "user", "content": question},
+                    {"role": "assistant", "content": answer},
+                ]
+                file.write(json.dumps({"messages": messages}) + "\n")

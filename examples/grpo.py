@@ -60,11 +60,10 @@ DEFAULTS = """--checkpoint=runs/partly --name=grpo --sp=2 --seq_len=160 --batch_
 
 
 def questions():
-    """(question, answer) to learn from, and those that CHATS keeps aside, with the same answers."""
-    chats = runpy.run_path(str(CHATS))["_chats"]()
-    aside = chats[5::11]
+    """(question, answer) to learn from, and those that CHATS holds back, with the same answers."""
+    chats, aside = runpy.run_path(str(CHATS))["_chats"]()
     answers = {answer for _, answer in aside}
-    return [chat for chat in chats if chat[1] in answers and chat not in aside], aside
+    return [chat for chat in chats if chat[1] in answers], aside
 
 
 def reward(messages, answer):
@@ -90,10 +89,9 @@ def draw(options, decoder, tokenizer, asked, number, seed):
     longest = max(map(len, prompts))
     if longest >= options.seq_len:
         raise ValueError(f"seq_len={options.seq_len}: a question alone has {longest} tokens")
-    ranks, first = dist.get_world_size(), seed << 20
-    mine = slice(dist.get_rank(), None, ranks)
-    seeds = range(first, first + len(prompts))[mine]
-    drawn = decoder.answers(prompts[mine], options.seq_len - longest, tokenizer.stop, seeds)
+    ranks, seeds = dist.get_world_size(), range(seed << 20, (seed << 20) + len(prompts))
+    mine, most = slice(dist.get_rank(), None, ranks), options.seq_len - longest
+    drawn = decoder.answers(prompts[mine], most, tokenizer.stop, seeds[mine])
     parts, answers = [None] * ranks, [None] * len(prompts)
     dist.all_gather_object(parts, [answer.tokens for answer in drawn])
     for rank, part in enumerate(parts):
