@@ -348,6 +348,8 @@ def import_checkpoint(source, out, packed=False):
         config.to_json(aside / "config.json")
         if layout == HUGGING_FACE:
             shutil.copyfile(folder / "config.json", aside / HF_CONFIG)
+        if layout == OPENAI and folder.absolute().name == "original":
+            copy_companions(folder.absolute().parent, aside)  # where the Hub has the tokenizer
         copy_companions(folder, aside)
     warn_of(broken)
     return broken

@@ -110,6 +110,24 @@ def test_openai_layout_imports_to_the_same(tmp_path, sizes, make):
     assert a.keys() == b.keys() and all(same_bits(a[name], b[name]) for name in a)
 
 
+def test_openai_layout_has_its_tokenizer_beside_it(tmp_path, monkeypatch):
+    """On the Hub: weights in NAME/original, the other files in NAME. A file in original/ itself
+    comes first; of a folder of another name nothing outside it is read."""
+    source = hugging_face_folder(tmp_path / "NAME")
+    original = original_folder(source, source / "original")
+    (original / "chat_template.jinja").write_text("its own")
+    monkeypatch.chdir(original)
+    import_checkpoint(".", tmp_path / "ours")
+    texts = {path.name: path.read_text() for path in (tmp_path / "ours").glob("[tcg]*.j*")}
+    assert texts.pop("generation_config.json") == (source / "generation_config.json").read_text()
+    assert texts.pop("config.json") != (source / "config.json").read_text()
+    assert texts == {"tokenizer.json": "{}", "chat_template.jinja": "its own"}
+    original.rename(source / "mine")
+    import_checkpoint(str(source / "mine"), tmp_path / "again")
+    files = {path.name for path in (tmp_path / "again").iterdir()}
+    assert "chat_template.jinja" in files and not files & {"tokenizer.json", "hf_config.json"}
+
+
 @SIZES
 @pytest.mark.parametrize("original", [False, True], ids=["hugging_face", "openai"])
 def test_packed_import_holds_the_same_values(tmp_path, sizes, original):
