@@ -292,6 +292,18 @@ FORMATS = {
         },
         [DEFAULT, their_developer("Be brief."), Q, theirs("A")],
     ),
+    "LMSYS-Chat-1M": (
+        {
+            "conversation_id": "1",
+            "model": "vicuna-13b",
+            "conversation": [Q, A],
+            "turn": 1,
+            "language": "English",
+            "openai_moderation": [{"categories": {"hate": False}, "flagged": False}],
+            "redacted": False,
+        },
+        [DEFAULT, Q, theirs("A")],
+    ),
     "conversations of messages": ({"conversations": [Q, A]}, [DEFAULT, Q, theirs("A")]),
     "prompt and completion": ({"prompt": "Q", "completion": "A"}, [DEFAULT, Q, theirs("A")]),
     "prompt and completion of messages": (
@@ -308,7 +320,7 @@ FORMATS = {
 @pytest.mark.parametrize("record, messages", FORMATS.values(), ids=FORMATS)
 def test_a_record_is_what_harmony_renders(harmony, vocabulary, record, messages):
     before = copy.deepcopy(record)
-    tokens, counted, _ = chat.render_record(record, vocabulary)
+    tokens, counted, _ = encode.encode_record(record, vocabulary, "keep", ())
     expected = render_theirs(harmony, messages)
     assert vocabulary.decode(tokens.tolist()) == vocabulary.decode(expected)
     assert tokens.tolist() == expected

@@ -41,8 +41,8 @@ def encode_record(record, tokenizer, history, ignore):
     given = [key for key in FORMATS if isinstance(record, dict) and record.get(key) is not None]
     if len(given) != 1 or (given == ["completion"] and record.get("prompt") is None):
         raise ValueError(
-            'needs a JSON object with either "text" or "messages" (or "conversations", or "prompt" '
-            'and "completion")'
+            'needs a JSON object with either "text" or "messages" (or "conversations", '
+            '"conversation", or "prompt" and "completion")'
         )
     if given != ["text"]:
         return render_record(record, tokenizer, history, ignore)

@@ -1,7 +1,8 @@
 """Records in the formats that people have -> chats in harmony's terms. Nothing is dropped silently.
 
     {"messages": [{"role", "content", ...}, ...]}     OpenAI's and Hugging Face's, and harmony's own
-    {"conversations": [{"from", "value"}, ...]}       ShareGPT
+    {"conversations": [{"from", "value"}, ...]}       ShareGPT; messages may stand there, too
+    {"conversation": [{"role", "content"}, ...]}      the same under LMSYS-Chat-1M's name
     {"prompt": ..., "completion": ...}                texts, or lists of messages; the completion is
                                                       trained on
 
