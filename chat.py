@@ -217,8 +217,3 @@ def render_record(record, tokenizer, history="keep", ignore=()):
     if not counted.any():
         notes["nothing", ""] += 1
     return tokens, counted, notes
-
-
-def render_chat(messages, tokenizer):
-    """Tokens and counted of the messages of one chat, see render_record."""
-    return render_record({"messages": messages}, tokenizer)[:2]

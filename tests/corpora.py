@@ -123,6 +123,11 @@ DEFAULT = their_system()
 Q, A = user("Q"), final("A")
 
 
+def render(messages, tokenizer):
+    """Tokens and counted of a chat, see chat.render_record."""
+    return chat.render_record({"messages": messages}, tokenizer)[:2]
+
+
 def render_theirs(package, messages):
     """All of a conversation through openai-harmony alone."""
     encoding = chat.load_harmony()[1]

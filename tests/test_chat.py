@@ -24,6 +24,7 @@ from corpora import (
     final,
     marked,
     need_vocabulary,
+    render,
     render_theirs,
     their_developer,
     theirs,
@@ -129,12 +130,12 @@ CHATS = {  # messages -> their rendering, what the loss counts in [[ ]]
 
 @pytest.mark.parametrize("messages, expected", CHATS.values(), ids=CHATS)
 def test_chat_is_rendered_and_counted_as_written_by_hand(harmony, vocabulary, messages, expected):
-    tokens, counted = chat.render_chat(messages, vocabulary)
+    tokens, counted = render(messages, vocabulary)
     assert marked([vocabulary.decode([token]) for token in tokens.tolist()], counted) == expected
 
 
 def test_text_in_a_chat_cannot_forge_special_tokens(harmony, vocabulary):
-    tokens, _ = chat.render_chat(CHATS["a forger"][0], vocabulary)
+    tokens, _ = render(CHATS["a forger"][0], vocabulary)
     specials = tokens[tokens >= 199_998].tolist()
     assert vocabulary.decode(specials) == (
         "<|start|><|message|><|end|>" * 2 + "<|start|><|channel|><|message|><|return|>"
@@ -152,7 +153,7 @@ PLAIN = [
 def test_bytes_spell_the_same_chat_without_harmony(name):
     """No package, no vocabulary, and no standard system message."""
     messages, expected = CHATS[name]
-    tokens, counted = chat.render_chat(messages, get_tokenizer("bytes"))
+    tokens, counted = render(messages, get_tokenizer("bytes"))
     assert tokens[-1] == 256
     assert counted[-1] == (name != "two turns")  # the end is the assistant's, after its answer
     text = marked([chr(token) for token in tokens[:-1].tolist()], counted[:-1])  # all is ASCII
@@ -165,9 +166,7 @@ def test_bytes_close_a_chat_as_harmony_does(harmony, vocabulary, channel):
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "channel": channel, "content": "é"},
     ]
-    theirs, spelled = (
-        chat.render_chat(messages, get_tokenizer(name)) for name in ("o200k_harmony", "bytes")
-    )
+    theirs, spelled = (render(messages, get_tokenizer(name)) for name in ("o200k_harmony", "bytes"))
     assert vocabulary.decode(theirs[0].tolist()) == SYSTEM + get_tokenizer("bytes").decode(
         spelled[0][:-1].tolist()
     )
@@ -244,7 +243,7 @@ def test_bad_chat_is_named(tmp_path, harmony, messages, message):
 )
 def test_bytes_refuse_what_they_cannot_spell(extra):
     with pytest.raises(ValueError, match="plain messages only"):
-        chat.render_chat([ANSWER, {**ANSWER, **extra}], get_tokenizer("bytes"))
+        render([ANSWER, {**ANSWER, **extra}], get_tokenizer("bytes"))
 
 
 def test_chat_without_harmony_says_what_to_install(tmp_path, monkeypatch):
@@ -290,11 +289,11 @@ def test_any_text_is_encoded_as_harmony_does(texts):
 def test_a_long_run_takes_no_quadratic_time(harmony, vocabulary):
     """openai-harmony alone takes 3 s for 80,000 letters, 300 s for 800,000."""
     start, text = time.monotonic(), "a" * 800_000 + " " * 800_000 + "=" * 800_000
-    tokens, _ = chat.render_chat([user(text), A], vocabulary)
+    tokens, _ = render([user(text), A], vocabulary)
     assert time.monotonic() - start < 30
     assert text in vocabulary.decode(tokens.tolist())
     with pytest.raises(ValueError, match="a run of 50,000 characters .*developer message"):
-        chat.render_chat([{"role": "system", "content": text}, user("Q"), A], vocabulary)
+        render([{"role": "system", "content": text}, user("Q"), A], vocabulary)
 
 
 # --------------------------------------------------------------------------------------------------

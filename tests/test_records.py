@@ -17,6 +17,7 @@ from corpora import (
     Q,
     final,
     need_vocabulary,
+    render,
     render_theirs,
     their_call,
     their_developer,
@@ -355,7 +356,7 @@ TOLD = {  # a column -> whether it is ignored, and told; an error otherwise
 @pytest.mark.parametrize("name, ignored", TOLD.items())
 def test_a_column_is_told_or_refused(harmony, vocabulary, name, ignored):
     record = {"messages": [Q, A], name: "x"}
-    plain = chat.render_chat([Q, A], vocabulary)[0].tolist()
+    plain = render([Q, A], vocabulary)[0].tolist()
     if ignored:
         tokens, _, notes = chat.render_record(record, vocabulary)
         assert notes["ignored", name] == 1 and tokens.tolist() == plain
