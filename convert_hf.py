@@ -44,7 +44,7 @@ from tqdm import tqdm
 import lora
 from folders import Aside, exists, refuse_occupied
 from model import GPTOSS, GPTOSSConfig
-from mxfp4 import GROUP, dequantize_mxfp4, quantize_mxfp4
+from mxfp4 import dequantize_mxfp4, packed_shapes, quantize_mxfp4
 from shards import check_places, create_shards, listed, read_json, read_places
 from snapshots import find_exported
 from text.tokenizer import TOKENIZERS, HarmonyTokenizer
@@ -145,7 +145,7 @@ def counterpart(name, shape, config, layout, mxfp4):
         return quantize_mxfp4(back(x.to(DEVICE)).mT)
 
     joint = "." if layout == OPENAI else "_"
-    theirs = {f"{their}{joint}{part}": form for part, form in packed_shapes(name, shape).items()}
+    theirs = {f"{their}{joint}{part}": form for part, form in packed_shapes(*shape).items()}
     return Counterpart(name, shape, theirs, unpack, pack, mxfp4=True)
 
 
@@ -159,20 +159,8 @@ def packed_counterparts(name, shape, layout):
         Counterpart(
             f"{name}_{part}", form, {f"{their}{joint}{part}": form}, ours, lambda x: (back(x),)
         )
-        for part, form in packed_shapes(name, shape).items()
+        for part, form in packed_shapes(*shape).items()
     ]
-
-
-def packed_shapes(name, shape):
-    """The shapes of the blocks and scales of a matrix (E, in, out)."""
-    experts, inputs, outputs = shape
-    if inputs % GROUP:
-        raise ValueError(
-            f"{name}: MXFP4 needs a multiple of {GROUP} inputs, and this has {inputs}: export "
-            "without --mxfp4"
-        )
-    groups = (experts, outputs, inputs // GROUP)
-    return {"blocks": (*groups, GROUP // 2), "scales": groups}
 
 
 def is_matrix(name):

@@ -20,7 +20,7 @@ from torch import nn
 import fast
 from fast import faster, fused
 from model import Experts, experts
-from mxfp4 import GROUP, dequantize_mxfp4
+from mxfp4 import GROUP, dequantize_mxfp4, packed_shapes
 
 MATRICES = ("gate_up", "down")
 
@@ -275,23 +275,13 @@ def pack(model, carrier=torch.uint8):
         for name in MATRICES:
             weight = getattr(block.mlp, f"{name}_weight")
             E, inputs, outputs = weight.shape
-            if inputs % GROUP:
-                raise ValueError(
-                    f"frozen=mxfp4: {name} has {inputs} inputs, and MXFP4 needs a multiple of "
-                    f"{GROUP}: choose frozen=bf16"
-                )
             delattr(block.mlp, f"{name}_weight")
-            for part, shape in packed_shapes(E, outputs, inputs).items():
+            for part, shape in packed_shapes(E, inputs, outputs).items():
                 if carrier != torch.uint8:
                     shape = E, math.prod(shape[1:]) // carrier.itemsize
                 packed = torch.empty(shape, dtype=carrier, device=weight.device)
                 setattr(block.mlp, f"{name}_weight_{part}", nn.Parameter(packed, False))
     return model
-
-
-def packed_shapes(E, outputs, inputs):
-    groups = E, outputs, inputs // GROUP
-    return {"blocks": (*groups, GROUP // 2), "scales": groups}
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,9 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from folders import Aside, exists, refuse_occupied
-from frozen import MATRICES, Carried, FrozenExperts, pack, packed_shapes
+from frozen import MATRICES, Carried, FrozenExperts, pack
 from model import GPTOSS, GPTOSSConfig, Router, wide
-from mxfp4 import unpacked
+from mxfp4 import packed_shapes, unpacked
 from shards import check_places, read_header, read_json, read_places, weight_files
 from weights import ADAPTERS, copy_rows, first_rank, open_weights, stored_dtype
 
@@ -360,7 +360,7 @@ def open_base(model, folder):
     packed."""
     config, wanted, shapes = model.config, original(model), {}
     E, C, F = config.num_experts, config.hidden_size, config.intermediate_size
-    sizes = {"gate_up": (E, 2 * F, C), "down": (E, C, F)}
+    sizes = {"gate_up": (E, C, 2 * F), "down": (E, F, C)}
     for name, parameter in wanted.items():
         matrix, _, part = name.rpartition(".")[2].rpartition("_weight_")
         shape = packed_shapes(*sizes[matrix])[part] if matrix in sizes else parameter.shape

@@ -29,6 +29,18 @@ POWERS = (2.0 ** (torch.arange(256, dtype=torch.float64) - 127)).float()
 POWERS[255] = torch.nan
 
 
+def packed_shapes(experts, inputs, outputs):
+    """The shapes of the blocks and scales of a matrix (E, in, out). ValueError for inputs that are
+    no multiple of GROUP."""
+    if inputs % GROUP:
+        raise ValueError(
+            f"MXFP4 needs a multiple of {GROUP} inputs, and an expert matrix has {inputs}: keep "
+            "experts in bf16 (train.py with --frozen=bf16, an export without --mxfp4)"
+        )
+    groups = experts, outputs, inputs // GROUP
+    return {"blocks": (*groups, GROUP // 2), "scales": groups}
+
+
 def look_up(table, indices):
     """table[indices] for a uint8 tensor, on its device. On a CPU index_select is an order of
     magnitude faster than indexing by a tensor."""
