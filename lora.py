@@ -23,14 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
-from tqdm import tqdm
 
 from folders import Aside, exists, refuse_occupied
 from frozen import MATRICES, Carried, FrozenExperts, pack
 from model import GPTOSS, GPTOSSConfig, Router, wide
 from mxfp4 import packed_shapes, unpacked
 from shards import check_places, read_header, read_json, read_places, weight_files
-from weights import ADAPTERS, copy_rows, first_rank, open_weights, stored_dtype
+from weights import ADAPTERS, copy_rows, fill, first_rank, open_weights, stored_dtype
 
 # --------------------------------------------------------------------------------------------------
 # Layers with adapters
@@ -266,12 +265,10 @@ def from_base(source, settings, device="cpu", dtype=None, recompute="none"):
     return model
 
 
-@torch.no_grad()
 def load_adapters(model, folder):
     places, wanted = open_adapters(folder), adapters(model)
     check_places(folder, places, [], {name: tuple(p.shape) for name, p in wanted.items()})
-    for name, parameter in wanted.items():
-        copy_rows(parameter, places[name])
+    fill(wanted, places, folder)
 
 
 def open_adapters(folder):
@@ -346,13 +343,9 @@ def load_base(model, folder, seed):
     init_adapters(model, seed)
 
 
-@torch.no_grad()
 def fill_base(model, folder):
     """weights.load_weights of everything but the adapters."""
-    disable = None if first_rank() else True  # None: shown on a terminal only
-    places, wanted = open_base(model, folder), original(model)
-    for name, parameter in tqdm(wanted.items(), f"loading {folder}", disable=disable):
-        copy_rows(parameter, places[name])
+    fill(original(model), open_base(model, folder), folder)
 
 
 def open_base(model, folder):

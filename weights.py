@@ -398,14 +398,19 @@ def open_weights(wanted, folder):
 
 
 @torch.no_grad()
+def fill(parameters, places, folder):
+    """Fill {name: parameter} from {name: Place} in `folder`. Each rank reads only what its shard
+    holds."""
+    disable = None if first_rank() else True  # None: shown on a terminal only
+    for name, parameter in tqdm(parameters.items(), f"loading {folder}", disable=disable):
+        copy_rows(parameter, places[name])
+
+
 def load_weights(model, folder):
     """Fill a model from a checkpoint folder, with open_weights's errors, and OSError for what
-    cannot be read. Each rank reads only what its shard holds."""
+    cannot be read."""
     wanted = dict(model.named_parameters())
-    places = open_weights(wanted, folder)
-    disable = None if first_rank() else True  # None: shown on a terminal only
-    for name, parameter in tqdm(wanted.items(), f"loading {folder}", disable=disable):
-        copy_rows(parameter, places[name])
+    fill(wanted, open_weights(wanted, folder), folder)
 
 
 @torch.no_grad()
