@@ -28,7 +28,6 @@ import argparse
 import functools
 import json
 import math
-import os
 import re
 import shutil
 import sys
@@ -54,6 +53,7 @@ from weights import (
     check_layers,
     copy_companions,
     find_model,
+    free_memory,
     hf_config,
     layout_of,
     unread_keys,
@@ -460,17 +460,6 @@ def note_what_vllm_fixes(config):
 # Verification
 
 
-def free_memory():
-    """Bytes that a model may take: of the GPU, or of the host, its file cache included."""
-    if DEVICE == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    try:
-        meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(meminfo["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):  # not Linux: half of the machine's
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
 @torch.no_grad()
 def verify(source, folder):
     """Compare logprobs of the checkpoint `folder` with transformers' of its `source`. ValueError
@@ -486,7 +475,7 @@ def verify(source, folder):
         raise ValueError("--verify compares with transformers: pip install transformers") from error
     source, config = fetch(source), GPTOSSConfig.from_json(folder / "config.json")
     parameters = sum(math.prod(place.shape) for place in lora.places(folder)[0].values())
-    exact = 4 * parameters < 0.8 * free_memory()
+    exact = 4 * parameters < 0.8 * free_memory(torch.device(DEVICE))
     dtype, tolerance, judged = torch.bfloat16, 0.5, torch.median
     if exact:
         dtype, tolerance, judged = torch.float32, 1e-3, torch.max

@@ -34,7 +34,7 @@ from snapshots import adapter_settings, find_state, load_state, state_config, st
 from text.answers import parse, readable, text_of
 from text.records import EFFORTS, Chat, drop_history
 from text.tokenizer import TOKENIZERS, ByteTokenizer, HarmonyTokenizer, get_tokenizer
-from weights import find_model, read_json, stored_dtype
+from weights import find_model, free_memory, read_json, stored_dtype
 
 GIB = 2**30
 MAX_TOKENS = 1000  # of a text that goes on; an answer in a chat may fill the context
@@ -87,19 +87,10 @@ def locate(folder, device, state=None):
     return Source(config, load, size, stored_dtype(source), found.tokenizer)
 
 
-def free_memory(device):
-    """Bytes that are free on a device; None if unknown."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
-    with contextlib.suppress(OSError, StopIteration), open("/proc/meminfo") as lines:
-        return 1024 * int(next(line for line in lines if "MemAvailable" in line).split()[1])
-
-
 def check_memory(folder, source, capacity, device):
     """ValueError if the weights and the cache do not fit."""
     cache, free = cache_bytes(source.config, 1, capacity, source.dtype), free_memory(device)
-    if free is not None and source.size + cache > free:
+    if source.size + cache > free:
         raise ValueError(
             f"{folder}: {source.size / GIB:.1f} GiB of weights and {cache / GIB:.1f} GiB of cache "
             f"for {capacity} tokens do not fit into the {free / GIB:.1f} GiB that {device} has "

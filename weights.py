@@ -361,6 +361,19 @@ def stored_dtype(folder):
         raise ValueError(f"{folder}: cannot read {name} from {path}: {error}") from None
 
 
+def free_memory(device):
+    """Bytes that a model may take on `device`: what its caches hold counts as free. Of a host that
+    is not Linux, which does not say, all that it has."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    try:
+        meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(meminfo["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def copy_rows(parameter, whole):
     """Fill `parameter` from `whole`, a tensor or a Place of the same shape, a few megabytes at a
     time. Of a DTensor only the local shard is read: FSDP cuts the first dimension as torch.chunk

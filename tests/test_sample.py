@@ -1,6 +1,5 @@
 """The command: which model it takes, what it prints, chats, and what it says to mistakes."""
 
-import contextlib
 import io
 import json
 import os
@@ -431,6 +430,3 @@ def test_what_does_not_fit_into_memory(folders, monkeypatch):
     expected = "weights and 0.0 GiB of cache for 22 tokens do not fit into the 0.0 GiB that cpu has"
     with pytest.raises(ValueError, match=expected):
         write(folders / "runs/fake", "Hi", device="cpu", max_tokens=20)
-    monkeypatch.undo()
-    with contextlib.suppress(FileNotFoundError):
-        assert 2**20 < sample.free_memory(torch.device("cpu")) < 2**50

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -409,6 +410,33 @@ def test_find_model_says_what_is_wrong(tmp_path):
     }.items():
         with pytest.raises(ValueError, match=message):
             find_model(tmp_path / name)
+
+
+def test_free_memory(monkeypatch):
+    cpu = torch.device("cpu")
+    everything = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 2**28 < weights.free_memory(cpu) <= everything
+
+    def meminfo(text):
+        monkeypatch.setattr(Path, "read_text", lambda path: text)
+        return weights.free_memory(cpu)
+
+    assert meminfo("MemFree: 1 kB\nMemAvailable:    4096 kB\n") == 2**22
+    assert meminfo("MemFree: 1 kB\n") == everything
+    missing = FileNotFoundError("/proc/meminfo")  # as on macOS
+    monkeypatch.setattr(Path, "read_text", lambda path: (_ for _ in ()).throw(missing))
+    assert weights.free_memory(cpu) == everything
+
+
+@pytest.mark.gpu
+def test_free_memory_of_a_gpu():
+    """What PyTorch keeps for later is free."""
+    gpu = torch.device("cuda")
+    before = weights.free_memory(gpu)
+    held = torch.empty(2**28, dtype=torch.uint8, device=gpu)
+    assert before - weights.free_memory(gpu) >= 2**28
+    del held
+    assert abs(before - weights.free_memory(gpu)) < 2**27
 
 
 # --------------------------------------------------------------------------------------------------
