@@ -30,7 +30,7 @@ import lora
 from chat import START, render_bytes, render_harmony
 from generate import Decoder, cache_bytes, check_request, room_for
 from model import GPTOSS, GPTOSSConfig
-from snapshots import adapter_settings, find_state, load_state, state_config, state_dtype
+from snapshots import adapter_settings, find_state, load_state, run_of, state_config, state_dtype
 from text.answers import parse, readable, text_of
 from text.records import EFFORTS, Chat, drop_history
 from text.tokenizer import TOKENIZERS, ByteTokenizer, HarmonyTokenizer, get_tokenizer
@@ -61,7 +61,7 @@ def locate(folder, device, state=None):
     none."""
     if path := find_state(folder, state):
         config = state_config(path)
-        recorded = read_json(path.parent.parent / "config.json").get("tokenizer")
+        recorded = read_json(run_of(path) / "config.json").get("tokenizer")
         # trained in bf16 on a GPU, whatever the optimizer stores
         dtype = torch.bfloat16 if device.type == "cuda" else None
         load = functools.partial(load_state, path, device, dtype)

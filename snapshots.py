@@ -56,6 +56,11 @@ def find_state(folder, which=None):
     return states[-1]
 
 
+def run_of(folder):
+    """The run that a state belongs to."""
+    return Path(folder).absolute().parent.parent
+
+
 def state_config(folder):
     """The configuration of the model in a state. ValueError if its numbers are not train.py's."""
     path = Path(folder) / NUMBERS
@@ -69,7 +74,7 @@ def state_config(folder):
 def adapter_settings(folder):
     """What adapters.json will say of the run of a state, as lora.read_settings returns it; None for
     a run without adapters. ValueError if their base is not there, or is another one."""
-    run = Path(folder).parent.parent
+    run = run_of(folder)
     if exists(run / "model" / ADAPTERS):
         return lora.read_settings(run / "model")
     was = read_json(Path(folder) / NUMBERS).get("identity", {})
@@ -116,9 +121,20 @@ class Stored:
         return self.read(self.name, self.dtype, self.shape)[entries]
 
 
+def check_complete(folder, wanted, stored):
+    """ValueError if a state, which has the tensors `stored`, lacks one of the parameters
+    `wanted`."""
+    if missing := [name for name in wanted if name not in stored]:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(
+            f"{folder} lacks {missing[0]}{more}: a state holds what is trained; what is frozen is "
+            f"in {run_of(folder) / 'model'} once the run has ended"
+        )
+
+
 def state_places(folder):
     """({our name: Stored, or as lora.places}, problems) of the model in a state, as convert_hf.py
-    exports it. ValueError as in `adapter_settings`."""
+    exports it. ValueError as in `adapter_settings`, or if the state lacks a parameter."""
     folder, lock = Path(folder), threading.Lock()
 
     @functools.lru_cache(maxsize=2)
@@ -131,14 +147,17 @@ def state_places(folder):
         with lock:  # several threads ask for slices of one parameter
             return whole(*what)
 
-    settings, config = adapter_settings(folder), state_config(folder)
+    settings, stored = adapter_settings(folder), stored_tensors(folder)
     with torch.device("meta"):
-        wanted = dict(GPTOSS(config).named_parameters()).keys()
-    # the optimizer's state has names like exp_avg.blocks.0.….lora_a
+        model = GPTOSS(state_config(folder))
+    if settings:
+        wanted = lora.adapters(lora.attach_saved(model, settings))
+    else:
+        wanted = dict(model.named_parameters())
+    check_complete(folder, wanted, stored)
     places = {
-        name: Stored(name, kept.properties.dtype, tuple(kept.size), read)
-        for name, kept in stored_tensors(folder).items()
-        if name in wanted or (settings and lora.is_adapter(name) and name.startswith("blocks."))
+        name: Stored(name, stored[name].properties.dtype, tuple(stored[name].size), read)
+        for name in wanted
     }
     return lora.merged(folder, settings, places) if settings else (places, [])
 
@@ -161,8 +180,7 @@ def load_state(folder, device="cpu", dtype=None):
         with torch.device("meta"):
             model = GPTOSS(state_config(folder)).to(state_dtype(folder))
         wanted = dict(model.named_parameters())
-    if missing := sorted(wanted.keys() - stored.keys()):
-        raise ValueError(f"{folder} lacks {missing[0]} and {len(missing) - 1} others")
+    check_complete(folder, wanted, stored)
     if not settings:
         model = model.to_empty(device=device)
         wanted = dict(model.named_parameters())
@@ -190,7 +208,7 @@ def find_exported(run, state=None, mxfp4=False):
     """The Exported of a checkpoint folder, a training run, or a saved state: its own folder, or a
     run and `state`, see find_state. ValueError if there is none."""
     if snapshot := find_state(run, state):
-        home = snapshot.parent.parent
+        home = run_of(snapshot)
         known = read_json(home / "config.json") if exists(home / "config.json") else {}
         places, problems = state_places(snapshot)
         homes = [home / "model", Path(known.get("checkpoint") or home)]

@@ -171,6 +171,22 @@ def test_a_state_that_lacks_a_parameter(tmp_path):
     shutil.copytree("runs/full/states/step-00000003", state)
     lost = max(state.glob("*.safetensors"))
     lost.unlink()
-    with pytest.raises(SystemExit, match="error: "):
+    with pytest.raises(SystemExit, match="error: .*step-00000003 does not fit the model, 29 prob"):
         main(["--out", str(tmp_path / "out"), "--export", str(state)])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_state_of_adapters_that_lacks_one(monkeypatch):
+    state = find_state("runs/lora", "last")
+    stored = snapshots.stored_tensors(state)
+    del stored["blocks.0.attention.qkv.lora_b"]
+    monkeypatch.setattr(snapshots, "stored_tensors", lambda folder: stored)
+    for use in (load_state, state_places):
+        with pytest.raises(ValueError, match=r"lacks blocks\.0\.attention\.qkv\.lora_b: a state"):
+            use(state)
+
+
+def test_a_state_knows_its_run_from_anywhere(monkeypatch):
+    monkeypatch.chdir("runs/full/states")
+    found = snapshots.find_exported("step-00000006")
+    assert found.tokenizer == "bytes" and (found.homes[0] / "tokenizer.json").exists()

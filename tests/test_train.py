@@ -18,6 +18,7 @@ from loop.budget import flops_of, flops_per_token
 from loop.options import Options, model_config
 from model import GPTOSS, IGNORED
 from runs import TINY, Run, copy_run, held_out, losses, make_home, metrics, train, write_corpus
+from snapshots import load_state, state_places
 
 
 @pytest.fixture(scope="module")
@@ -451,7 +452,12 @@ def test_frozen_parameters(home, optimizer):
     kinds = ("", "exp_avg.", "exp_avg_sq.") + (("rest.",) if optimizer == "split" else ())
     names = dict(old.named_parameters()).keys() - set(FROZEN)
     expected = {kind + parameter for kind in kinds for parameter in names}
-    assert names_in(home / "runs" / name / "states/step-00000006") == expected
+    state = home / "runs" / name / "states/step-00000006"
+    assert names_in(state) == expected
+    for use in load_state, state_places:
+        lacks = f"lacks embedding.weight and 2 more: .* frozen is in .*runs/{name}/model once"
+        with pytest.raises(ValueError, match=lacks):
+            use(state)
     assert losses(home, again) == losses(home, name)
     assert_same_weights(home, again, name)
 
