@@ -5,6 +5,7 @@
     torchrun --nproc_per_node 2 -m bench     # full training steps, 16 x 4K … 1M tokens
     python -m bench --rehearse=8             # one rank of eight, 4K … 1M tokens, on one GPU
     python -m bench --rehearse=8 --gpu_gib=80  # the same in 80 GiB, on a larger GPU
+    python -m bench --rehearse=8 --profile --rows=64x4K  # where a training step's time goes
     python -m bench --documents=512,mix      # packed documents beside plain sequences
     python -m bench --fast=false --rows=4K   # the definitions of model.py, fast twins off
     python -m bench --ablation               # what each optimisation is worth
@@ -105,6 +106,11 @@ OPTIONS = {  # of a measurement
         {"type": float, "metavar": "GIB"},
         "--rehearse: as on a GPU of so many GiB (an H100: 79.2); default all that it has",
     ),
+    "profile": (
+        {"action": "store_true"},
+        "where the time of one step goes, by part and kernel, and a trace; after --rehearse, of a "
+        "training step",
+    ),
     "out": (
         {"type": Path, "default": Path("runs/bench"), "metavar": "DIR"},
         "where results go, as JSON; default runs/bench",
@@ -123,10 +129,6 @@ KINDS = {  # of measurements, one at a time
     "rehearse": (
         {"type": parse_ranks, "metavar": "RANKS"},
         "full training steps as one of so many ranks, on one GPU",
-    ),
-    "profile": (
-        {"action": "store_true"},
-        "where the time of one step goes, by part of the model and kernel, and a trace",
     ),
     "accuracy": (
         {"action": "store_true"},
@@ -176,8 +178,10 @@ def check_ranks(options, parser):
 
 def measure(options, parser):
     deterministic, torchrun = options.deterministic == "true", "RANK" in os.environ
-    kinds = "ablation", "adapters", "profile", "accuracy", "generate", "rehearse", "documents"
+    kinds = "ablation", "adapters", "accuracy", "generate", "rehearse", "documents", "profile"
     chosen = [kind for kind in kinds if getattr(options, kind)]
+    if options.profile and chosen[0] not in ("profile", "rehearse"):
+        parser.error(f"--profile is for a plain step, or for --rehearse, not for --{chosen[0]}")
     name = chosen[0] if chosen else "deterministic" if deterministic else "bench"
     if name not in ("bench", "documents") and torchrun:
         parser.error(f"--{name} runs on one GPU, without torchrun")

@@ -1,19 +1,22 @@
-"""Where the time of one step goes: by part of the model, by kernel, and as a trace.
+"""Where the time of one step goes: by part of the model and of training, by kernel, and as a trace.
 
 Every piece of time belongs to the innermost labelled part around it; that of the backward belongs
 to the part of the forward operation it differentiates."""
 
 import functools
+import time
 from collections import defaultdict
+from contextlib import contextmanager
 from unittest.mock import patch
 
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import model as gptoss
-from bench.common import GPU, random_tokens
+from bench.common import GPU, random_tokens, synchronize
 from bench.report import say, say_row
 from bench.speed import ROW, build_ours, our_loss, rows_of, step
+from loop.log import Log
 
 PART = "part: "
 ATTENTION, PROJECTIONS, EXPERTS, LOSS, REST = (
@@ -26,6 +29,22 @@ ATTENTION, PROJECTIONS, EXPERTS, LOSS, REST = (
         "norms, rotary, residuals and the rest",
     )
 )
+GATHER, PLACE, REDUCE, CLIP, OPTIMIZER = (
+    PART + name
+    for name in (
+        "weights: gathered",
+        "weights: copied from what was gathered",
+        "gradients: copied, exchanged, added up",
+        "gradients: norm and clipping",
+        "optimizer",
+    )
+)
+LABELS = {  # how labels of PyTorch's own begin: the part
+    "FSDP::all_gather_copy_out": PLACE,
+    "FSDP::all_gather": GATHER,
+    "FSDP::post_backward_reduce": REDUCE,
+    "Optimizer.": OPTIMIZER,
+}
 
 
 def labelled(part, function):
@@ -37,19 +56,29 @@ def labelled(part, function):
     return call
 
 
-def label_parts(model):
-    """A context in which what the model does is labelled."""
+def label_modules(model):
     for block in model.blocks:
         block.forward = labelled(REST, block.forward)
         block.mlp.forward = labelled(EXPERTS, block.mlp.forward)
         for projection in block.attention.qkv, block.attention.out:
             projection.forward = labelled(PROJECTIONS, projection.forward)
+    return model
+
+
+def label_functions():
+    """A context in which attention and the loss are labelled."""
     choose = gptoss.choose_attention
     return patch.multiple(
         gptoss,
         choose_attention=lambda *args: labelled(ATTENTION, choose(*args)),
         mean_loss=labelled(LOSS, gptoss.mean_loss),
     )
+
+
+def part_of(label):
+    if label.startswith(PART):
+        return label
+    return next((part for begin, part in LABELS.items() if label.startswith(begin)), None)
 
 
 def time_by_part(events):
@@ -67,8 +96,8 @@ def time_by_part(events):
 
     def part(event):
         while event is not None:
-            if event.name.startswith(PART):
-                return event.name
+            if named := part_of(event.name):
+                return named
             found = None
             if event.fwd_thread:
                 found = forward.get((event.fwd_thread, event.sequence_nr))
@@ -92,9 +121,62 @@ def time_by_part(events):
     return dict(parts), [(name, ms, count) for name, (ms, count) in longest]
 
 
+def new_profiler():
+    return profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * GPU)
+
+
+@contextmanager
+def profiled_step(train, number):
+    """A profiler that is on while the module `train` makes its step `number`, counted from 1, and
+    a list that gets the seconds of every step."""
+    profiler, begin, end, seconds = new_profiler(), Log.begin, Log.step, []
+
+    def begin_step(log):
+        synchronize()
+        if len(seconds) + 1 == number:
+            profiler.start()
+        begin(log)
+
+    def end_step(log, *args, **values):
+        end(log, *args, **values)  # waits for the GPU
+        seconds.append(time.perf_counter() - log.began)
+        if len(seconds) == number:
+            profiler.stop()
+
+    build = train.build_model
+    labels = patch.multiple(
+        train,
+        build_model=lambda *args: label_modules(build(*args)),
+        gradient_norm_squared=labelled(CLIP, train.gradient_norm_squared),
+        scale_gradients_=labelled(CLIP, train.scale_gradients_),
+    )
+    with label_functions(), labels, patch.multiple(Log, begin=begin_step, step=end_step):
+        yield profiler, seconds
+
+
+def show(profiler, elapsed, trace, moved=None):
+    """Print and return {part: ms} and the longest kernels. moved: {part: bytes that it reads and
+    writes}, where they can be counted."""
+    profiler.export_chrome_trace(str(trace))
+    parts, kernels = time_by_part(profiler.events())
+    total, moved = sum(parts.values()), moved or {}
+    device = "GPU" if GPU else "CPU"
+    say(f"\nWith the profiler {elapsed * 1e3:.1f} ms, of which the {device} works {total:.1f} ms:")
+    for name, ms in sorted(parts.items(), key=lambda item: -item[1]):
+        line = f"{ms:>12.2f} ms{ms / total:>7.1%}{'':>6}  {name.removeprefix(PART)}"
+        if name in moved:
+            line += f": {moved[name] / 1e9:.3g} GB, {moved[name] / ms / 1e9:.3g} TB/s"
+        say(line)
+    say("\nthe kernels that take longest:")
+    for name, ms, count in kernels[:20]:
+        say(f"{ms:>12.2f} ms{ms / total:>7.1%}{count:>6}  {name[:100]}")
+    say(f"\n{trace}: open it in https://ui.perfetto.dev")
+    return {"parts_ms": parts, "kernels": kernels[:20]}
+
+
 def section(options, config, results):
-    S, model = options.rows[0], build_ours(config)
-    with label_parts(model):
+    S, model = options.rows[0], label_modules(build_ours(config))
+    with label_functions():
         say("\nThe step, without the profiler")
         say_row(ROW)
         (row,) = rows_of("ours", model, config, [S], options.recompute)
@@ -102,18 +184,6 @@ def section(options, config, results):
         say_row(ROW, row)
         if "error" in row:
             return
-        with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * GPU) as profiler:
+        with new_profiler() as profiler:
             elapsed, _ = step(model, our_loss, random_tokens(config, S))
-    trace = options.out / "trace.json.gz"
-    profiler.export_chrome_trace(str(trace))
-    parts, kernels = time_by_part(profiler.events())
-    total = sum(parts.values())
-    results.save(parts_ms=parts, kernels=kernels[:20])
-    device = "GPU" if GPU else "CPU"
-    say(f"\nWith the profiler {elapsed * 1e3:.1f} ms, of which the {device} works {total:.1f} ms:")
-    for name, ms in sorted(parts.items(), key=lambda item: -item[1]):
-        say(f"{ms:>12.2f} ms{ms / total:>7.1%}{'':>6}  {name.removeprefix(PART)}")
-    say("\nthe kernels that take longest:")
-    for name, ms, count in kernels[:20]:
-        say(f"{ms:>12.2f} ms{ms / total:>7.1%}{count:>6}  {name[:100]}")
-    say(f"\n{trace}: open it in https://ui.perfetto.dev")
+    results.save(**show(profiler, elapsed, options.out / "trace.json.gz"))

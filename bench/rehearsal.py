@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 
 import train
+from bench import profiling
 from bench.common import GPU, K, attempt
 from bench.report import length, say, say_row
 from bench.settings import card, fitting, ranks_per_sequence
 from bench.speed import SPEED
 from loop import plan
-from loop.budget import flops_per_token
-from loop.options import Options
+from loop.budget import BYTES, flops_per_token
+from loop.options import Options, model_config
 from loop.rehearse import rehearse
 
 NAME = "bench-rehearsal"
@@ -70,9 +71,33 @@ def choose(options, config, ranks, sequences, S):
     return replace(row, **fitting(options, config, settings, ("fp32", "split")))
 
 
-def measure(row):
+def measure(row, trace=None):
+    """What to add to a row of the table. `trace`: where to write that of its second step, which
+    then runs under the profiler."""
     torch._dynamo.reset()  # each length compiled for itself
-    return rehearse(row, train.train)
+    if trace is None:
+        return rehearse(row, train.train)
+    with profiling.profiled_step(train, 2) as (profiler, seconds):
+        found = rehearse(row, train.train)
+    return found | profiling.show(profiler, seconds[1], trace, moved(row, found))
+
+
+def moved(row, found):
+    """{part of a step: the bytes that it reads and writes}, where they can be counted."""
+    ranks, settings = row.ranks, plan.settings_of(row, model_config(row), row.ranks)
+    parameters = settings["parameters"]
+    gathered = found["sent_bytes"]["all_gather"] * ranks // max(ranks - 1, 1)
+    weight, gradient, state = BYTES[row.optimizer]
+    # copied from bf16 into one buffer; for memory.ReduceScatter exchanged; read again, added up
+    exchanged = 2 * gradient if row.optimizer == "split" and ranks > 2 else 0
+    summed = parameters * (2 + gradient + exchanged + gradient + gradient / ranks)
+    updated = 2 * weight + gradient + 2 * state  # read and written; the gradient is only read
+    return {
+        profiling.GATHER: 2 * gathered,
+        profiling.PLACE: 2 * gathered,
+        profiling.REDUCE: settings["micro_batches"] * summed,
+        profiling.OPTIMIZER: updated * parameters / ranks,
+    }
 
 
 def measure_real(row):
@@ -99,7 +124,8 @@ def section(options, config, results):
         shared = "sp", "optimizer", "recompute", "keep_blocks", "offload"
         line = {"row": f"{row.batch_size} x {length(S)}", "sequence": S}
         line |= {name: getattr(row, name) for name in shared}
-        line |= attempt(measure, row)
+        trace = options.out / f"trace-{row.batch_size}x{length(S)}.json.gz"
+        line |= attempt(measure, row, trace if options.profile else None)
         if "error" not in line:
             line["tokens_per_second"] = line["tokens_per_s_per_rank"]
             line["tflops"] = flops_per_token(config, S) * line["tokens_per_second"] / 1e12

@@ -31,7 +31,9 @@ from bench import (
 )
 from bench.common import DEVICE, GPU, TINY
 from conftest import ROOT
-from loop.budget import RECOMPUTED, flops_per_token
+from loop import plan
+from loop.budget import RECOMPUTED, count_parameters, flops_per_token, sent_bytes
+from loop.options import Options, model_config
 from model import GPTOSSConfig
 from runs import Run
 
@@ -442,7 +444,11 @@ def test_accuracy(dtype, run, monkeypatch):
         (["--rehearse=2", "--gpu_gib=-1"], "--gpu_gib=-1 must be positive, and finite"),
         (["--gpu_gib=80"], "--gpu_gib=80 limits a rehearsal: give --rehearse=8 too"),
         (["--rehearse=0"], "'0' is no number of ranks: 1 or more"),
-        (["--profile", "--accuracy"], "not allowed with"),
+        (
+            ["--profile", "--accuracy"],
+            "--profile is for a plain step, or for --rehearse",
+        ),
+        (["--accuracy", "--ablation"], "not allowed with"),
         (["--plot", "--out=nowhere"], "nowhere/bench.json does not exist: run `python -m bench`"),
     ],
 )
@@ -558,6 +564,34 @@ def test_rehearsal_beside_real_ranks(run, tmp_path, monkeypatch):
     assert row["sent_bytes"]["all_gather"] > 0 and row["sent_bytes"]["all_to_all"] == 0
     assert "real: s" in printed and "4 x 32" in printed
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["bench-rehearsal"]
+
+
+@cpu_only
+def test_profile_of_a_rehearsed_step(run, tmp_path, monkeypatch):
+    """Parts of the model and of training, and the bytes of those that only copy."""
+    monkeypatch.chdir(tmp_path)
+    arguments = "--rehearse=4", "--profile", "--rows=8x32", "--layers=1", "--optimizer=split"
+    printed, results = run(*arguments, name="rehearse")
+    (row,) = results["rows"]
+    parts = {profiling.GATHER, profiling.PLACE, profiling.REDUCE, profiling.CLIP}
+    parts |= {profiling.OPTIMIZER, profiling.EXPERTS, profiling.ATTENTION, profiling.LOSS}
+    assert row["parts_ms"].keys() == parts | {profiling.PROJECTIONS, profiling.REST}
+    assert all(ms > 0 for ms in row["parts_ms"].values())
+    assert "GB" in next(line for line in printed.splitlines() if line.endswith("TB/s"))
+    assert (tmp_path / "trace-8x32.json.gz").read_bytes().startswith(b"\x1f\x8b")
+
+
+def test_bytes_that_a_step_moves():
+    sizes = dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_experts"), 8)
+    row = Options(ranks=8, batch_size=16, micro_batch=1, optimizer="split", **sizes)
+    parameters = count_parameters(model_config(row))
+    sent = sent_bytes(model_config(row), **plan.settings_of(row, model_config(row), 8))
+    moved = rehearsal.moved(row, {"sent_bytes": sent})
+    # two micro-batches; bf16: into one buffer, out to the others, and read again to be added up
+    written = 2 * parameters * (1 + 1 + 2 + 1 + 1 / 8) * 2
+    assert moved[profiling.REDUCE] == pytest.approx(written)
+    assert moved[profiling.OPTIMIZER] == parameters * (2 * 2 + 2 + 2 * 6) / 8
+    assert moved[profiling.PLACE] == pytest.approx(2 * sent["all_gather"] * 8 / 7)
 
 
 @cpu_only
