@@ -35,11 +35,10 @@ def choose_kernel(window, documents, device, dtype, head_dim):
         kernel, why = "dense", "fused kernels have no fp64"
     elif window is not None:
         kernel, why = "FlexAttention", "the mask is more than causal"
+    elif documents is not None and (refusal := documents_refused(device, dtype, head_dim)):
+        kernel, why = "FlexAttention", f"documents cannot run one by one: {refusal}"
     elif documents is not None:
-        refusal = documents_refused(device, dtype, head_dim)
         kernel, why = "by document", f"cuDNN from {LONG} tokens on, FlashAttention below"
-        if refusal:
-            kernel, why = "FlexAttention", f"FlashAttention is not usable: {refusal}"
     elif refusal := cudnn_refuses(device, dtype, head_dim):
         kernel, why = "FlexAttention", f"cuDNN is not usable: {refusal}"
     else:
@@ -244,7 +243,10 @@ def _cudnn_fails(device, dtype, head_dim):
 # --------------------------------------------------------------------------------------------------
 # Packed documents
 
-LONG = 3072  # tokens from which a document runs on cuDNN
+LONG = 3072  # tokens from which a document runs on cuDNN; 1K to 8K differ little, docs/LOG.md
+# FlashAttention's backward works on 128 tokens more for each document, and on at most MOST of them.
+# More than that, or than one for SHORTEST tokens of all, run on FlexAttention.
+SHORTEST, MOST = 32, 65_535
 SIZES = 8  # lengths to an octave that documents are padded to there: each needs a plan of its own
 
 # long: (first token, tokens, tokens it is padded to) of each long document. index (T') or None:
@@ -271,6 +273,9 @@ def plan_documents(documents):
     pairs = zip(starts[is_long].tolist(), lengths[is_long].tolist())
     long = [(start, length, padded(length)) for start, length in pairs]
     short = lengths[~is_long]
+    if len(short) > MOST or SHORTEST * len(short) > begins.numel():
+        say("packed documents: FlexAttention after all, because they are many and very short")
+        return None
     if not len(short):
         return Plan(long, None, None, 0)
     index = None
@@ -286,7 +291,12 @@ def one_sequence(x, start, length, size):
 
 
 class DocumentAttention(torch.autograd.Function):
-    """q (B, S, H, D), k and v (B, S, K, D), sinks (H), a Plan -> (B, S, H, D)."""
+    """Sink attention within documents: q (B, S, H, D), k and v (B, S, K, D), sinks (H), a Plan ->
+    (B, S, H, D).
+
+    As in CudnnSinkAttention the kernels know no sinks, and the backward is given out and lse that
+    include them. A query that only pads a document has a gradient of zero, and so has all that
+    comes of it. RuntimeError for a second derivative."""
 
     @staticmethod
     def forward(ctx, q, k, v, sinks, plan):
@@ -294,8 +304,10 @@ class DocumentAttention(torch.autograd.Function):
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # (T, heads, D)
 
         def attend():
-            out, random = torch.empty_like(q), []
-            lse = q.new_empty(q.shape[1::-1], dtype=torch.float32)
+            random = []
+            if plan.long:  # else one call has all
+                tokens, heads, _ = q.shape
+                out, lse = torch.empty_like(q), q.new_empty(heads, tokens, dtype=torch.float32)
             for start, length, size in plan.long:
                 inputs = (one_sequence(x, start, length, size) for x in (q, k, v))
                 o, l, *_, seed, offset, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
@@ -334,7 +346,7 @@ class DocumentAttention(torch.autograd.Function):
         q, k, v, sinks, out, lse, *random = ctx.saved_tensors
         plan, B = ctx.plan, len(grad)
         grad = grad.flatten(0, 1)
-        results = [torch.empty_like(x) for x in (q, k, v)]
+        results = [torch.empty_like(x) for x in (q, k, v)] if plan.long else None
         for start, length, size in plan.long:
             inputs = (one_sequence(x, start, length, size) for x in (grad, q, k, v, out))
             part = F.pad(lse[:, start : start + length], (0, size - length))[None, ..., None]

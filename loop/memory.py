@@ -128,8 +128,9 @@ class ReduceScatter:
 
     FSDP hands over and takes back gradients in the dtype they are kept in; the ranks' gradients are
     summed in `dtype`. Gradients in bf16 to be summed in fp32 are sent in bf16, half as many bytes,
-    and added up here. (FSDP can sum in fp32 by itself, but then makes the bf16 copy that is kept in
-    its own stream's memory: on eight ranks 9 GiB lay reserved and unused.)
+    and added up here; between nodes that has not been timed. (FSDP can sum in fp32 by itself, but
+    then makes the bf16 copy that is kept in its own stream's memory: on eight ranks 9 GiB lay
+    reserved and unused.)
 
     For FSDPModule.set_custom_reduce_scatter; create it on the computing stream. FSDP's stream has
     just waited for that stream when it allocates, so memory that the computation freed is free. But
@@ -156,6 +157,7 @@ class ReduceScatter:
             # reduce_scatter_tensor was its name before PyTorch 2.13
             run = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
             return run(output_tensor, input_tensor, op, group, async_op)
+        assert op == dist.ReduceOp.SUM and not async_op
         received = self.allocate(
             input_tensor.shape, dtype=input_tensor.dtype, device=input_tensor.device
         )

@@ -1,4 +1,4 @@
-"""fast.py's attention: which kernel runs, cuDNN's kernel with sinks, FlexAttention and its block
+"""flash.py: which kernel runs, cuDNN's kernel with sinks, FlexAttention and its block
 mask."""
 
 import itertools
@@ -309,6 +309,7 @@ class PlainFlash:
 @pytest.fixture
 def plain_flash(monkeypatch):
     op = PlainFlash()
+    monkeypatch.setattr(flash, "SHORTEST", 1)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", op.forward)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", op.backward)
     return op
@@ -349,8 +350,9 @@ def test_padded_lengths():
     assert all(n <= flash.padded(n) < 1.125 * n + 1 for n in range(1, 5000))
 
 
-def test_numbers_that_come_again():
+def test_numbers_that_come_again(monkeypatch):
     """A token sees its document's earlier part across another: not a causal sequence."""
+    monkeypatch.setattr(flash, "SHORTEST", 1)
     assert flash.plan_documents(torch.tensor([[0, 0, 1, 1, 0]])) is None
     assert flash.plan_documents(torch.tensor([[0, 0, 1], [1, 0, 2]])) is not None
 
@@ -370,3 +372,50 @@ def test_kept_attention_of_documents(recompute, runs, plain_cudnn, plain_flash, 
     model(tokens, targets, documents).backward()
     assert len(plain_flash.calls) == 2 * runs  # two full layers
     assert_all_close(gradients(model), gradients(twin), 1e-5)
+
+
+def test_choice_of_kernel(monkeypatch):
+    """Which kernel layers run on a GPU, asked without one."""
+    documents = torch.zeros(1, 8, dtype=torch.int64)
+
+    def kernel(documents=documents, window=None, dtype=torch.bfloat16):
+        return flash.choose_kernel(window, documents, torch.device("cuda"), dtype, 64)
+
+    for trial in "_cudnn_fails", "_flash_fails":
+        monkeypatch.setattr(flash, trial, lambda *_: None)
+    assert (kernel(), kernel(None)) == ("by document", "cuDNN")
+    assert kernel(window=7) == kernel(dtype=torch.float32) == "FlexAttention"
+    with fast.plain("document_attention"):
+        assert (kernel(), kernel(None)) == ("FlexAttention", "cuDNN")
+    monkeypatch.setattr(flash, "_flash_fails", lambda *_: "it fails here")
+    assert (kernel(), kernel(None)) == ("FlexAttention", "cuDNN")
+    monkeypatch.setattr(flash, "_flash_fails", lambda *_: None)
+    with fast.plain("cudnn_sink_attention"):
+        assert kernel() == kernel(None) == "FlexAttention"
+
+
+@pytest.mark.parametrize(
+    "numbers, name, limits",
+    [
+        ([0, 0, 1], "document", {"SHORTEST": 1}),
+        ([0, 1, 0], "flex_sink", {"SHORTEST": 1}),
+        ([0, 0, 1], "flex_sink", {"SHORTEST": 2}),
+        ([0, 0, 1], "flex_sink", {"SHORTEST": 1, "MOST": 1}),
+    ],
+)
+def test_documents_for_flex_attention(numbers, name, limits, monkeypatch):
+    """Whose numbers come again, which are too short, and which are too many."""
+    monkeypatch.setattr(flash, "choose_kernel", lambda *_: "by document")
+    for limit, value in limits.items():
+        monkeypatch.setattr(flash, limit, value)
+    options = torch.device("cpu"), torch.bfloat16, 64
+    found = model_module.choose_attention(3, None, torch.tensor([numbers]), *options)
+    assert found.func.__name__ == f"{name}_attention"
+
+
+def test_no_second_derivative_of_documents(plain_cudnn, plain_flash):
+    inputs, grad = attention_inputs()
+    plan = flash.plan_documents(torch.arange(23).expand(2, -1) // 7)
+    out = flash.document_attention(*inputs, plan=plan)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(out, inputs, grad, create_graph=True)
