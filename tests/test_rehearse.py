@@ -176,6 +176,8 @@ def test_collectives_of_the_stand_in():
         exchanged = torch.empty(4, 2)
         dist.all_to_all_single(exchanged, pair)
         assert torch.equal(exchanged, pair)
+        # outside of sp's group: half of a reduce-scatter
+        assert StandIn.calls[-1][:2] == ("reduce_scatter", 8 * 4 - 8)
         group = dist.new_group(backend="gloo")
         told = ["anything"]
         dist.broadcast_object_list(told, src=0, group=group)
@@ -197,6 +199,7 @@ def test_documents_of_other_slices_stay_apart():
     with stand_in(4):
         start_ranks(Options(sp=4))
         whole = sp.gather_sequence(torch.tensor([[0, 0, 1], [0, 1, 2]]))
+        assert {kind for kind, *_ in StandIn.calls} == {"all_to_all"}
     assert sp.size() == 1, "what follows in this process shares no sequence"
     assert whole.shape == (2, 12)
     assert torch.equal(whole[:, :3], torch.tensor([[0, 0, 1], [0, 1, 2]]))
