@@ -165,6 +165,11 @@ def is_adapter(name):
     return name.endswith(("lora_a", "lora_b"))
 
 
+def stems(names):
+    """What comes before lora_a and lora_b in the names of each pair of adapters."""
+    return [name.removesuffix("lora_a") for name in names if name.endswith("lora_a")]
+
+
 @torch.no_grad()
 def init_adapters(model, seed=0):
     """A: normal, with a standard deviation of 1 / sqrt(in), so that x A is about as large as x. B:
@@ -233,7 +238,8 @@ def check_base(path, settings):
         )
 
 
-def attach_saved(model, settings, dtype=None):
+def adapt_with(model, settings, dtype=None):
+    """adapt() by the SETTINGS among `settings`."""
     return adapt(model, **{name: settings[name] for name in SETTINGS}, dtype=dtype)
 
 
@@ -259,7 +265,7 @@ def from_base(source, settings, device="cpu", dtype=None, recompute="none"):
     if is_packed(source):
         pack(model)
     if settings:
-        attach_saved(model, settings)
+        adapt_with(model, settings)
     model.to_empty(device=device)
     fill_base(model, source)
     return model
@@ -322,8 +328,12 @@ def adapt_as(options, model, dtype):
     if options.frozen == "mxfp4":
         # FSDP's sharded parameters need a dtype that it leaves alone
         pack(model, model.embedding.weight.dtype if options.shard_frozen else torch.uint8)
-    given = {name: getattr(options, f"lora_{name}") for name in SETTINGS}
-    return adapt(model, **given, dtype=dtype)
+    return adapt_with(model, chosen(options), dtype)
+
+
+def chosen(options):
+    """The SETTINGS of a run."""
+    return {name: getattr(options, f"lora_{name}") for name in SETTINGS}
 
 
 @torch.no_grad()
@@ -365,9 +375,8 @@ def open_base(model, folder):
 
 def settings_of(options):
     """adapters.json of a run."""
-    given = {name: getattr(options, f"lora_{name}") for name in SETTINGS}
     folder = options.checkpoint
-    return given | {"base": folder, "identity": identity(folder) if folder else ""}
+    return chosen(options) | {"base": folder, "identity": identity(folder) if folder else ""}
 
 
 def describe(options, model):
@@ -445,7 +454,7 @@ def merged(folder, settings, stored):
     for name in stored.keys() & found.keys():  # trained themselves
         found[name] = Retyped(stored[name], found[name].dtype)
     factors = {name: wide(place[:]) for name, place in stored.items() if is_adapter(name)}
-    for name in [name.removesuffix("lora_a") for name in factors if name.endswith("lora_a")]:
+    for name in stems(factors):
         weight = f"{name}weight"  # of "….qkv." or "….gate_up_"
         if weight not in found:
             raise ValueError(f"{folder}: adapters for {weight}, which the base does not have")
@@ -498,8 +507,7 @@ def write_peft(folder, out):
     settings = read_settings(folder)
     config = GPTOSSConfig.from_json(Path(settings["base"]) / "config.json")
     opened, tensors, modules, parameters = open_adapters(folder), {}, {}, {}
-    stems = [name.removesuffix("lora_a") for name in opened if name.endswith("lora_a")]
-    for stem in stems:
+    for stem in stems(opened):
         _, layer, name = stem.split(".", 2)
         place = f"layers.{layer}."
         a, b = (opened[f"{stem}lora_{letter}"][:] for letter in "ab")
@@ -508,7 +516,7 @@ def write_peft(folder, out):
         else:
             parameters[f"{place}{'.'.join(PEFT_PARAMETERS[name])}"] = None
         # a module with two adapted parameters is wrapped twice, the second around the first
-        both = f"blocks.{layer}.mlp.down_" in stems and name == "mlp.gate_up_"
+        both = f"blocks.{layer}.mlp.down_lora_a" in opened and name == "mlp.gate_up_"
         for module, pair in peft_tensors(name, a, b, config).items():
             prefix = f"base_model.model.model.{place}{module}.{'base_layer.' if both else ''}"
             for letter, factor in zip("AB", pair):

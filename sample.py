@@ -67,8 +67,7 @@ def locate(folder, device, state=None):
         load = functools.partial(load_state, path, device, dtype)
         if settings := adapter_settings(path):  # their base's weights count
             source = Path(settings["base"])
-            size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
-            return Source(config, load, size, stored_dtype(source), recorded)
+            return Source(config, load, file_bytes(source), stored_dtype(source), recorded)
         with torch.device("meta"):
             size = sum(p.numel() for p in GPTOSS(config).parameters())
         dtype = dtype or state_dtype(path)
@@ -81,10 +80,13 @@ def locate(folder, device, state=None):
     source = found.weights
     if found.layout == "adapters":
         source = Path(lora.read_settings(found.weights)["base"])
-    size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
     config = GPTOSSConfig.from_json(source / "config.json")
     load = functools.partial(lora.from_checkpoint, found.weights, device)
-    return Source(config, load, size, stored_dtype(source), found.tokenizer)
+    return Source(config, load, file_bytes(source), stored_dtype(source), found.tokenizer)
+
+
+def file_bytes(folder):
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def check_memory(folder, source, capacity, device):

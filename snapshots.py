@@ -151,7 +151,7 @@ def state_places(folder):
     with torch.device("meta"):
         model = GPTOSS(state_config(folder))
     if settings:
-        wanted = lora.adapters(lora.attach_saved(model, settings))
+        wanted = lora.adapters(lora.adapt_with(model, settings))
     else:
         wanted = dict(model.named_parameters())
     check_complete(folder, wanted, stored)
