@@ -44,7 +44,7 @@ import lora
 from folders import Aside, exists, refuse_occupied
 from model import GPTOSS, GPTOSSConfig
 from mxfp4 import dequantize_mxfp4, packed_shapes, quantize_mxfp4
-from shards import check_places, create_shards, listed, read_json, read_places
+from shards import check_places, create_shards, entry_bytes, listed, read_json, read_places
 from snapshots import find_exported
 from text.tokenizer import TOKENIZERS, HarmonyTokenizer
 from weights import (
@@ -199,7 +199,7 @@ def slices(places):
     length = places[0].shape[0]
     if any(place.shape[0] != length for place in places):
         return [slice(None)]
-    step = max(1, SLICE_BYTES // max(place.entry_bytes() for place in places))
+    step = max(1, SLICE_BYTES // max(entry_bytes(place) for place in places))
     return [slice(i, min(i + step, length)) for i in range(0, length, step)]
 
 
@@ -217,11 +217,11 @@ def convert(jobs):
             if not finite(name, result):
                 broken.add(name)
             place.write(entries.start or 0, result)
-            bar.update(place.entry_bytes() * len(result))
+            bar.update(entry_bytes(place) * len(result))
 
     work = [(job, s) for job in jobs for s in slices([*job.sources, *job.targets.values()])]
     targets = [place for job in jobs for place in job.targets.values()]
-    total = sum(place.shape[0] * place.entry_bytes() for place in targets)
+    total = sum(place.shape[0] * entry_bytes(place) for place in targets)
     began = time.perf_counter()
     with ThreadPoolExecutor(THREADS) as pool, tqdm(total=total, unit="B", unit_scale=True) as bar:
         try:

@@ -28,7 +28,7 @@ from folders import Aside, exists, refuse_occupied
 from frozen import MATRICES, Carried, FrozenExperts, pack
 from model import GPTOSS, GPTOSSConfig, Router, wide
 from mxfp4 import packed_shapes, unpacked
-from shards import check_places, read_header, read_json, read_places, weight_files
+from shards import check_places, entry_bytes, read_header, read_json, read_places, weight_files
 from weights import ADAPTERS, copy_rows, fill, first_rank, open_weights, stored_dtype
 
 # --------------------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ def identity(folder):
         if place is None:
             raise ValueError(f"{folder}: {name} cannot be read")
         digest.update(f"{name} {place.dtype} {place.shape}".encode())
-        size = place.shape[0] * place.entry_bytes()
+        size = place.shape[0] * entry_bytes(place)
         with open(place.path, "rb") as file:
             for start in 0, (size - SAMPLE) // 2, size - SAMPLE:
                 file.seek(place.offset + max(start, 0))
@@ -413,9 +413,6 @@ class Retyped:
     @property
     def shape(self):
         return self.place.shape
-
-    def entry_bytes(self):
-        return self.place.entry_bytes()
 
     def __getitem__(self, entries):
         return self.place[entries].to(self.dtype)

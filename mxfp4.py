@@ -127,9 +127,6 @@ class Unpacked:
         experts, outputs, groups, _ = self.blocks.shape
         return experts, groups * GROUP, outputs
 
-    def entry_bytes(self):
-        return self.shape[1] * self.shape[2] * self.dtype.itemsize
-
     def __getitem__(self, entries):
         return dequantize_mxfp4(self.blocks[entries], self.scales[entries]).mT.contiguous()
 

@@ -46,6 +46,11 @@ def read_json(path):
     return given
 
 
+def entry_bytes(tensor):
+    """Bytes of one entry of the first dimension, of a tensor or a Place."""
+    return math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a tensor lies. `place[start:stop]` reads these entries of its first dimension."""
@@ -56,17 +61,14 @@ class Place:
     shape: tuple[int, ...]
     file_bytes: int  # the file's size when its header was read
 
-    def entry_bytes(self):
-        return math.prod(self.shape[1:]) * self.dtype.itemsize
-
     def __getitem__(self, entries):
         start, stop, _ = entries.indices(self.shape[0])
-        data = torch.empty(max(stop - start, 0) * self.entry_bytes(), dtype=torch.uint8)
+        data = torch.empty(max(stop - start, 0) * entry_bytes(self), dtype=torch.uint8)
         view, done = memoryview(data.numpy()), 0
         try:
             with open(self.path, "rb", buffering=0) as file:
                 found = os.fstat(file.fileno()).st_size
-                file.seek(self.offset + start * self.entry_bytes())
+                file.seek(self.offset + start * entry_bytes(self))
                 while done < len(view) and (count := file.readinto(view[done:])):
                     done += count
         except OSError as error:
@@ -83,7 +85,7 @@ class Place:
         data = tensor.detach().to("cpu", self.dtype).contiguous().view(torch.uint8).numpy()
         try:
             with open(self.path, "r+b") as file:
-                file.seek(self.offset + start * self.entry_bytes())
+                file.seek(self.offset + start * entry_bytes(self))
                 file.write(memoryview(data).cast("B"))
         except OSError as error:
             free = shutil.disk_usage(self.path.parent).free

@@ -5,7 +5,6 @@ torch.distributed.checkpoint. It holds each trained parameter, and the optimizer
 """
 
 import functools
-import math
 import threading
 import warnings
 from collections.abc import Callable
@@ -113,9 +112,6 @@ class Stored:
     dtype: torch.dtype
     shape: tuple[int, ...]
     read: Callable  # (name, dtype, shape) -> the whole parameter
-
-    def entry_bytes(self):
-        return math.prod(self.shape[1:]) * self.dtype.itemsize
 
     def __getitem__(self, entries):
         return self.read(self.name, self.dtype, self.shape)[entries]

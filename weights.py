@@ -29,6 +29,7 @@ from shards import (
     INDEX,
     check_places,
     create_shards,
+    entry_bytes,
     listed,
     read_header,
     read_json,
@@ -392,7 +393,7 @@ def copy_rows(parameter, whole):
 
 def slice_length(tensor):
     """How many entries of the first dimension make READ_BYTES, at least one."""
-    return max(1, READ_BYTES // max(1, math.prod(tensor.shape[1:]) * tensor.dtype.itemsize))
+    return max(1, READ_BYTES // max(1, entry_bytes(tensor)))
 
 
 def open_weights(wanted, folder):
