@@ -165,23 +165,23 @@ def state_dtype(folder):
 
 
 def load_state(folder, device="cpu", dtype=None):
-    """The model in a state, in `dtype` or as it is stored. What adapters leave as it was comes from
-    their base. ValueError if the state lacks a parameter."""
+    """The model in a state, in `dtype` or as it is stored; `device` never holds it in another. What
+    adapters leave as it was comes from their base. ValueError if the state lacks a parameter."""
     folder = Path(folder)
     stored, settings = stored_tensors(folder), adapter_settings(folder)
     if settings:
-        model = lora.from_base(Path(settings["base"]), settings, device)
+        model = lora.from_base(Path(settings["base"]), settings, device, dtype)
         wanted = lora.adapters(model)
     else:
         with torch.device("meta"):
-            model = GPTOSS(state_config(folder)).to(state_dtype(folder))
+            model = GPTOSS(state_config(folder)).to(dtype or state_dtype(folder))
         wanted = dict(model.named_parameters())
     check_complete(folder, wanted, stored)
     if not settings:
         model = model.to_empty(device=device)
         wanted = dict(model.named_parameters())
     read_tensors(folder, {name: p.detach() for name, p in wanted.items()})
-    return model.to(dtype) if dtype else model
+    return model
 
 
 # --------------------------------------------------------------------------------------------------

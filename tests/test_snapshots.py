@@ -101,6 +101,27 @@ def test_the_size_of_a_state_is_that_on_its_device():
     assert on_cpu.size == 2 * on_gpu.size == 4 * sum(p.numel() for p in on_cpu.load().parameters())
 
 
+@pytest.mark.parametrize("name", ["full", "lora"])
+def test_a_state_is_read_in_the_dtype_that_is_asked_for(name, monkeypatch):
+    """Rounded on its way: a GPU with room for the model in bf16 has none for it in fp32."""
+    state = find_state(f"runs/{name}", "last")
+    whole = dict(load_state(state).named_parameters())
+    monkeypatch.setattr(torch.nn.Module, "to_empty", empty_of(torch.bfloat16))
+    half = dict(load_state(state, dtype=torch.bfloat16).named_parameters())
+    assert half.keys() == whole.keys()
+    assert all(same_bits(half[n].data, whole[n].data.bfloat16()) for n in whole)
+
+
+def empty_of(dtype, to_empty=torch.nn.Module.to_empty):
+    """to_empty of a model all of which has this dtype."""
+
+    def checked(model, **options):
+        assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+        return to_empty(model, **options)
+
+    return checked
+
+
 @torch.no_grad()
 def test_a_state_of_adapters_before_there_is_a_model(tmp_path):
     state = find_state("runs/lora", "last")
