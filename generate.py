@@ -73,8 +73,11 @@ def generate(
     its own prompts, also in a sequence-parallel group. ValueError: see check_request.
 
     A loop that generates again and again keeps a Decoder: a GPU then captures its steps once."""
+    prompts = [list(prompt) for prompt in prompts]
+    for prompt in prompts:  # before memory is taken
+        check_request(model.config, prompt, max_tokens, temperature, top_p)
     slots = max(min(together, len(prompts)), 1)
-    longest = max(map(len, prompts), default=0) + max(max_tokens, 1)
+    longest = max(map(len, prompts), default=0) + max_tokens
     capacity = min(longest, model.config.max_position_embeddings)
     with gathered(model):
         decoder = Decoder(model, slots, capacity, temperature, top_p, drawable, graphs)
@@ -411,7 +414,9 @@ class Decoder:
         Where steps are captured, the GPU is one ahead: it computes the next token while this one
         is looked at. The step after a sequence's last token may be in vain, and is not read."""
         self.drop_stale_graphs()
-        seeds = range(len(prompts)) if seeds is None else seeds
+        seeds = range(len(prompts)) if seeds is None else list(seeds)
+        if len(seeds) != len(prompts):
+            raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one for each")
         waiting, running, flights = deque(enumerate(zip(prompts, seeds))), {}, deque()
         free = list(range(self.slots))
         while waiting or running:

@@ -67,7 +67,10 @@ def locate(folder, device, state=None):
         load = functools.partial(load_state, path, device, dtype)
         if settings := adapter_settings(path):  # their base's weights count
             source = Path(settings["base"])
-            return Source(config, load, file_bytes(source), stored_dtype(source), recorded)
+            stored = stored_dtype(source)
+            dtype = dtype or stored
+            size = file_bytes(source) * dtype.itemsize // stored.itemsize
+            return Source(config, load, size, dtype, recorded)
         with torch.device("meta"):
             size = sum(p.numel() for p in GPTOSS(config).parameters())
         dtype = dtype or state_dtype(path)

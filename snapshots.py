@@ -5,6 +5,7 @@ torch.distributed.checkpoint. It holds each trained parameter, and the optimizer
 """
 
 import functools
+import os
 import threading
 import warnings
 from collections.abc import Callable
@@ -57,7 +58,7 @@ def find_state(folder, which=None):
 
 def run_of(folder):
     """The run that a state belongs to."""
-    return Path(folder).absolute().parent.parent
+    return Path(os.path.abspath(folder)).parent.parent
 
 
 def state_config(folder):
@@ -123,8 +124,8 @@ def check_complete(folder, wanted, stored):
     if missing := [name for name in wanted if name not in stored]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(
-            f"{folder} lacks {missing[0]}{more}: a state holds what is trained; what is frozen is "
-            f"in {run_of(folder) / 'model'} once the run has ended"
+            f"{folder} lacks {missing[0]}{more}: it is damaged, or they were frozen, for a state "
+            f"holds what is trained; then {run_of(folder) / 'model'} has them once it has ended"
         )
 
 

@@ -364,7 +364,7 @@ def stored_dtype(folder):
 
 def free_memory(device):
     """Bytes that a model may take on `device`: what its caches hold counts as free. Of a host that
-    is not Linux, which does not say, all that it has."""
+    is not Linux, which does not say, half of what it has."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
@@ -372,7 +372,7 @@ def free_memory(device):
         meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         return int(meminfo["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def copy_rows(parameter, whole):

@@ -266,6 +266,8 @@ def main(arguments=None):
         options = parser.parse_args(arguments)
         if options.curves:
             parser.error("--curves must come first, and train.py's arguments follow it")
+        if options.profile and (options.plot or options.inspect or options.deterministic == "true"):
+            parser.error("--profile is for a plain step, or for --rehearse")
         if options.plot:
             return plots.plot(options.out / "bench.json", options.plot)
         if options.inspect:

@@ -6,7 +6,7 @@ to the part of the forward operation it differentiates."""
 import functools
 import time
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
 from torch.autograd import DeviceType
@@ -130,18 +130,19 @@ def profiled_step(train, number):
     """A profiler that is on while the module `train` makes its step `number`, counted from 1, and
     a list that gets the seconds of every step."""
     profiler, begin, end, seconds = new_profiler(), Log.begin, Log.step, []
+    running = ExitStack()  # holds the profiler while it is on, also if the step fails
 
     def begin_step(log):
         synchronize()
         if len(seconds) + 1 == number:
-            profiler.start()
+            running.enter_context(profiler)
         begin(log)
 
     def end_step(log, *args, **values):
         end(log, *args, **values)  # waits for the GPU
         seconds.append(time.perf_counter() - log.began)
         if len(seconds) == number:
-            profiler.stop()
+            running.close()
 
     build = train.build_model
     labels = patch.multiple(
@@ -150,7 +151,8 @@ def profiled_step(train, number):
         gradient_norm_squared=labelled(CLIP, train.gradient_norm_squared),
         scale_gradients_=labelled(CLIP, train.scale_gradients_),
     )
-    with label_functions(), labels, patch.multiple(Log, begin=begin_step, step=end_step):
+    steps = patch.multiple(Log, begin=begin_step, step=end_step)
+    with label_functions(), labels, steps, running:
         yield profiler, seconds
 
 

@@ -73,7 +73,7 @@ def choose(options, config, ranks, sequences, S):
 
 def measure(row, trace=None):
     """What to add to a row of the table. `trace`: where to write that of its second step, which
-    then runs under the profiler."""
+    then runs under the profiler: beyond 256K tokens it is the one that is timed."""
     torch._dynamo.reset()  # each length compiled for itself
     if trace is None:
         return rehearse(row, train.train)

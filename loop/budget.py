@@ -166,8 +166,7 @@ def activations(
     # on their way back from the host
     fetched = given * offload * (1 + (given <= ahead(gpu_gib or math.inf)))
     # FlexAttention's mask lists pairs of 128 x 128 tokens, each in four int32: at 1M tokens a GiB
-    windows = any(config.window(i) for i in range(L))
-    mask = windows * 16 * (seq_len // 128) ** 2
+    mask = 16 * math.ceil(seq_len / 128) ** 2
 
     def outs(i):  # FlexAttention's sinks and the all-to-all make a second output of attention
         return 2 if sp > 1 or config.window(i) else 1

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
+import train
 from bench import (
     __main__ as bench,
 )
@@ -448,6 +449,8 @@ def test_accuracy(dtype, run, monkeypatch):
             ["--profile", "--accuracy"],
             "--profile is for a plain step, or for --rehearse",
         ),
+        (["--profile", "--deterministic=true"], "--profile is for a plain step"),
+        (["--profile", "--plot"], "--profile is for a plain step"),
         (["--accuracy", "--ablation"], "not allowed with"),
         (["--plot", "--out=nowhere"], "nowhere/bench.json does not exist: run `python -m bench`"),
     ],
@@ -577,7 +580,9 @@ def test_profile_of_a_rehearsed_step(run, tmp_path, monkeypatch):
     parts |= {profiling.OPTIMIZER, profiling.EXPERTS, profiling.ATTENTION, profiling.LOSS}
     assert row["parts_ms"].keys() == parts | {profiling.PROJECTIONS, profiling.REST}
     assert all(ms > 0 for ms in row["parts_ms"].values())
-    assert "GB" in next(line for line in printed.splitlines() if line.endswith("TB/s"))
+    counted = [part.removeprefix(profiling.PART) for part in parts if f"{part[6:]}: " in printed]
+    assert len(counted) == 4, "with their bytes: GATHER, PLACE, REDUCE, OPTIMIZER"
+    assert not torch.autograd._profiler_enabled()
     assert (tmp_path / "trace-8x32.json.gz").read_bytes().startswith(b"\x1f\x8b")
 
 
@@ -592,6 +597,19 @@ def test_bytes_that_a_step_moves():
     assert moved[profiling.REDUCE] == pytest.approx(written)
     assert moved[profiling.OPTIMIZER] == parameters * (2 * 2 + 2 + 2 * 6) / 8
     assert moved[profiling.PLACE] == pytest.approx(2 * sent["all_gather"] * 8 / 7)
+    # in fp32: cast on the way into one buffer, which PyTorch exchanges and adds up itself
+    moved = rehearsal.moved(replace(row, optimizer="fp32"), {"sent_bytes": sent})
+    assert moved[profiling.REDUCE] == pytest.approx(2 * parameters * (2 + 4 + 4 + 4 / 8))
+    assert moved[profiling.OPTIMIZER] == parameters * (2 * 4 + 4 + 2 * 8) / 8
+
+
+def test_a_profiled_step_that_fails(monkeypatch):
+    monkeypatch.setattr(profiling.Log, "begin", lambda log: None)
+    with pytest.raises(ValueError, match="boom"), profiling.profiled_step(train, 1):
+        profiling.Log.begin(None)
+        assert torch.autograd._profiler_enabled()
+        raise ValueError("boom")
+    assert not torch.autograd._profiler_enabled()
 
 
 @cpu_only

@@ -185,6 +185,15 @@ def test_a_sequence_depends_on_its_seed_alone():
     )
 
 
+def test_prompts_and_seeds_of_any_kind():
+    model = noise_(GPTOSS(tiny_config()))
+    prompts = make_prompts(model.config)
+    expected = generate(model, prompts, 5, seeds=list(range(len(prompts))))
+    assert generate(model, (iter(p) for p in prompts), 5, seeds=range(len(prompts))) == expected
+    with pytest.raises(ValueError, match=f"1 seeds for {len(prompts)} prompts"):
+        generate(model, prompts, 5, seeds=[0])
+
+
 @pytest.mark.parametrize("ahead", [0, 1, 2])
 @pytest.mark.parametrize("slots", [1, 2, 5])
 def test_each_sequence_stops_by_itself(ahead, slots):

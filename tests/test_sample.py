@@ -160,7 +160,7 @@ def test_a_state_that_lacks_a_parameter(folders, tmp_path):
     model = GPTOSS(tiny_config(**SIZES))
     model.norm.weight.requires_grad_(False)
     save_state(model, tmp_path, 5)
-    with pytest.raises(ValueError, match="step-00000005 lacks norm.weight: a state holds"):
+    with pytest.raises(ValueError, match="step-00000005 lacks norm.weight: it is damaged"):
         load_state(tmp_path / "states/step-00000005")
 
 

@@ -99,6 +99,9 @@ def test_the_size_of_a_state_is_that_on_its_device():
     on_cpu, on_gpu = (locate("runs/full", torch.device(name), "last") for name in ("cpu", "cuda"))
     assert (on_cpu.dtype, on_gpu.dtype) == (torch.float32, torch.bfloat16)
     assert on_cpu.size == 2 * on_gpu.size == 4 * sum(p.numel() for p in on_cpu.load().parameters())
+    on_cpu, on_gpu = (locate("runs/lora", torch.device(name), "last") for name in ("cpu", "cuda"))
+    assert (on_cpu.dtype, on_gpu.dtype) == (torch.float32, torch.bfloat16)
+    assert on_cpu.size // 2 == on_gpu.size
 
 
 @pytest.mark.parametrize("name", ["full", "lora"])
@@ -203,11 +206,12 @@ def test_a_state_of_adapters_that_lacks_one(monkeypatch):
     del stored["blocks.0.attention.qkv.lora_b"]
     monkeypatch.setattr(snapshots, "stored_tensors", lambda folder: stored)
     for use in (load_state, state_places):
-        with pytest.raises(ValueError, match=r"lacks blocks\.0\.attention\.qkv\.lora_b: a state"):
+        with pytest.raises(ValueError, match=r"lacks blocks\.0\.attention\.qkv\.lora_b: it is"):
             use(state)
 
 
 def test_a_state_knows_its_run_from_anywhere(monkeypatch):
     monkeypatch.chdir("runs/full/states")
-    found = snapshots.find_exported("step-00000006")
-    assert found.tokenizer == "bytes" and (found.homes[0] / "tokenizer.json").exists()
+    for state in "step-00000006", "step-00000003/../step-00000006":
+        found = snapshots.find_exported(state)
+        assert found.tokenizer == "bytes" and (found.homes[0] / "tokenizer.json").exists()
