@@ -96,11 +96,18 @@ def stored_tensors(folder):
     return dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
 
 
-def read_tensors(folder, tensors):
+def reader_of(folder):
+    """What read_tensors reads a state with. It looks at the headers of all files once, not for each
+    tensor: the 20b's on eight ranks has some seven hundred."""
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    reader.read_metadata = functools.cache(reader.read_metadata)
+    return reader
+
+
+def read_tensors(reader, tensors):
     """Fill {name: tensor} from a state."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        reader = dcp.HuggingFaceStorageReader(str(folder))
         dcp.load(tensors, storage_reader=reader, no_dist=True)
 
 
@@ -132,12 +139,12 @@ def check_complete(folder, wanted, stored):
 def state_places(folder):
     """({our name: Stored, or as lora.places}, problems) of the model in a state, as convert_hf.py
     exports it. ValueError as in `adapter_settings`, or if the state lacks a parameter."""
-    folder, lock = Path(folder), threading.Lock()
+    folder, reader, lock = Path(folder), reader_of(folder), threading.Lock()
 
     @functools.lru_cache(maxsize=2)
     def whole(name, dtype, shape):
         tensor = torch.empty(shape, dtype=dtype)
-        read_tensors(folder, {name: tensor})
+        read_tensors(reader, {name: tensor})
         return tensor
 
     def read(*what):
@@ -181,7 +188,7 @@ def load_state(folder, device="cpu", dtype=None):
     if not settings:
         model = model.to_empty(device=device)
         wanted = dict(model.named_parameters())
-    read_tensors(folder, {name: p.detach() for name, p in wanted.items()})
+    read_tensors(reader_of(folder), {name: p.detach() for name, p in wanted.items()})
     return model
 
 

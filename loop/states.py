@@ -1,7 +1,7 @@
 """The saved states of a training run.
 
-A state is a folder, step-00000100 for the state after 100 steps: what the ranks hold, one file per
-rank, written by torch.distributed.checkpoint, which hands it back to any number of ranks; and
+A state is a folder, step-00000100 for the state after 100 steps: what the ranks hold, each in files
+of its own, written by torch.distributed.checkpoint, which hands it back to any number of ranks; and
 state.json, with the plain numbers and the size and checksum of every file.
 """
 
@@ -20,11 +20,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.tensor import DTensor
 
 from folders import Aside, exists, sweep, sync
 from weights import first_rank
 
 SECONDS_TO_CHECK = 1800  # for which ranks wait while the first one reads checksums
+
+# Bytes in a file of a state, or one tensor if it is larger. A file is built in host memory, twice
+# over, before it is written: a single file per rank took as much as two more states. Meanwhile no
+# other thread of Python runs, neither the loop nor the pulse, for a second or more per GiB.
+FILE_BYTES = 2**28
 
 
 @dataclasses.dataclass
@@ -93,6 +99,18 @@ def training_state(model, optimizer):
             if torch.is_tensor(value) and key != "step":
                 tensors[f"{key}.{name}"] = value
     return tensors
+
+
+def numbers_of_files(tensors):
+    """{name: the number of its file, from 1} of {name: tensor}: in order, FILE_BYTES of what this
+    rank holds to a file."""
+    numbers, number, size = {}, 1, 0
+    for name, tensor in tensors.items():
+        held = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes
+        if size and size + held > FILE_BYTES:
+            number, size = number + 1, 0
+        numbers[name], size = number, size + held
+    return numbers
 
 
 # --------------------------------------------------------------------------------------------------
@@ -257,7 +275,11 @@ class States:
             aside = self.from_first(lambda: work.begin())
         except (ValueError, OSError) as error:
             raise self.cannot_save(folder, error) from None
-        writer = dcp.HuggingFaceStorageWriter(path=str(aside), save_distributed=True)
+        writer = dcp.HuggingFaceStorageWriter(
+            path=str(aside),
+            fqn_to_index_mapping=numbers_of_files(self.tensors),
+            save_distributed=True,
+        )
         written = dcp.async_save(self.tensors, storage_writer=writer, process_group=self.group)
         numbers = dataclasses.asdict(at) | {"identity": self.identity}
         self.pending.append((folder, self.thread.submit(self._publish, written, work, numbers)))

@@ -8,11 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import train as loop
+from loop import states as loop_states
 from loop.states import Progress, States, check_same_run, examine, saved_states
 from model import GPTOSS
 from runs import Run, copy_run, held_out, logged, losses, make_home, metrics, states, train
+from snapshots import load_state
 from test_train import (
     assert_same_losses,
     assert_same_weights,
@@ -74,6 +77,29 @@ def test_resumed_on_another_number_of_ranks(home, printed, name, ranks, options)
     text = train(home, *STEPS, f"--name={copy}", "--resume", *options, ranks=ranks)
     assert "goes on after step 7\n" in text
     assert_same_losses(home, copy, name)
+
+
+def many_files(rank):
+    loop_states.FILE_BYTES = 1000
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_a_state_in_many_files(home, printed, ranks):
+    """As a large one has. A run without that limit resumes it."""
+    if not (home / "runs/files").exists():
+        train(home, *STEPS, "--name=files", ranks=2, prepare=many_files)
+    files = sorted(path.name for path in (home / "runs/files/states/step-00000008").iterdir())
+    assert len(files) > 20 and files[:-1] == sorted(f for f in files if f.startswith("shard-0000"))
+    assert losses(home, "files") == losses(home, "two")
+    ours = load_state(home / "runs/files/states/step-00000012")
+    model = GPTOSS.from_checkpoint(home / "runs/two/model")
+    assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), model.parameters()))
+    copy_run(home, "files", f"files-on-{ranks}", 8)
+    options = (f"--name=files-on-{ranks}", "--resume", "--keep=1", "--micro_batch=1")
+    text = train(home, "tiny.py", "--steps=12", "--save_every=4", *options, ranks=ranks)
+    assert "goes on after step 7\n" in text and "damaged" not in text
+    assert_same_losses(home, f"files-on-{ranks}", "two")
+    assert states(home, f"files-on-{ranks}") == ["step-00000012"]
 
 
 def test_resumed_with_the_split_optimizer(home):

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 import convert_hf
 import lora
@@ -161,10 +162,16 @@ def test_adapters_whose_base_changed(home, tmp_path):
 
 
 def test_a_parameter_is_read_once(monkeypatch):
-    """However many slices and threads ask for it."""
+    """However many slices and threads ask for it; and the files' headers are not read for each."""
     read, counted = snapshots.read_tensors, []
     monkeypatch.setattr(
         snapshots, "read_tensors", lambda f, tensors: (counted.extend(tensors), read(f, tensors))
+    )
+    headers, looked = dcp.HuggingFaceStorageReader.read_metadata, []
+    monkeypatch.setattr(
+        dcp.HuggingFaceStorageReader,
+        "read_metadata",
+        lambda self: (looked.append(self), headers(self))[1],
     )
     monkeypatch.setattr(convert_hf, "SLICE_BYTES", 1)
     places, _ = state_places(find_state("runs/full", 3))
@@ -172,6 +179,7 @@ def test_a_parameter_is_read_once(monkeypatch):
         parts = [place[i : i + 1] for i in range(place.shape[0])]
         assert torch.equal(torch.cat(parts), place[:]) and not is_adapter(name)
     assert sorted(counted) == sorted(places)
+    assert len(looked) == 2  # once for the names, once to read
 
 
 @pytest.mark.parametrize(
