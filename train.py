@@ -30,7 +30,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     fully_shard,
@@ -65,7 +65,8 @@ BAD_STEPS = 5  # a run ends after this many skipped updates in a row
 
 def start_ranks(options):
     """Set up the process group, also for a single rank. Returns the device and the mesh over which
-    FSDP shards: (replicas, ranks of one copy of the model), neighbouring ranks in one copy."""
+    FSDP shards: the ranks of one copy of the model, neighbours, or (replicas, those) if there are
+    several."""
     if options.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         torch.use_deterministic_algorithms(True)
@@ -78,19 +79,29 @@ def start_ranks(options):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         fit_card(options.gpu_gib)
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    patience = timedelta(seconds=options.timeout)
     dist.init_process_group(
         "nccl" if cuda else "gloo",
-        timeout=timedelta(seconds=options.timeout),
+        timeout=patience,
         device_id=device if cuda else None,
         **meeting_point(options.timeout),
     )
 
-    def mesh(names, *shape):
-        return init_device_mesh(device.type, shape, mesh_dim_names=names)
+    def group(rows):
+        """The group of this rank, which is in one row. Not by init_device_mesh, whose groups have
+        PyTorch's own timeout."""
+        if len(rows) == 1:
+            return dist.group.WORLD
+        return dist.new_subgroups_by_enumeration(rows.tolist(), timeout=patience)[0]
 
-    ranks = dist.get_world_size()
-    sp.init(mesh(("batch", "sp"), ranks // options.sp, options.sp)["sp"])
-    return device, mesh(("replica", "shard"), options.replicas, ranks // options.replicas)
+    mesh, kind = DeviceMesh.from_group, device.type
+    ranks = torch.arange(dist.get_world_size())
+    sp.init(mesh(group(ranks.view(-1, options.sp)), kind) if options.sp > 1 else None)
+    copies = ranks.view(options.replicas, -1)
+    if options.replicas == 1:
+        return device, mesh(group(copies), kind, mesh_dim_names=("shard",))
+    groups = [group(copies.T), group(copies)]
+    return device, mesh(groups, kind, copies, mesh_dim_names=("replica", "shard"))
 
 
 def fit_card(gib):

@@ -1,7 +1,7 @@
-"""What train.py promises when things go wrong: kills, signals, lost ranks, bad numbers, full disks.
+"""What train.py promises when things go wrong: kills, signals, bad numbers, full disks.
 
-Everything here happens to the real loop in processes of its own; see runs.py. Bad input is in
-test_bad_input.py."""
+Everything here happens to the real loop in processes of its own; see runs.py. Lost ranks are in
+test_lost_ranks.py, bad input is in test_bad_input.py."""
 
 import json
 import os
@@ -14,12 +14,10 @@ import socket
 import subprocess
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -268,109 +266,6 @@ def test_second_ctrl_c_ends_at_once(home):
     assert run.processes[0].exitcode == 128 + signal.SIGINT
     run.kill()
     run.wait()
-
-
-# --------------------------------------------------------------------------------------------------
-# Ranks that are lost
-
-
-class Lose:
-    """prepare(rank): rank 1 is stopped as it comes to train.`place`."""
-
-    def __init__(self, place):
-        self.place = place
-
-    def __call__(self, rank):
-        import train
-
-        there = getattr(train, self.place)
-
-        def lost(*arguments, **settings):
-            os.kill(os.getpid(), signal.SIGSTOP)
-            return there(*arguments, **settings)
-
-        if rank == 1:
-            setattr(train, self.place, lost)
-
-
-LOST = {  # where a rank is lost: what it was doing
-    "start_ranks": "meeting the others",
-    "build_model": "building the model",
-    "load_weights": "loading weights",
-    "build_optimizer": "about to load a state",
-    "learning_rate": "in a step",
-    "save_weights": "writing the trained weights",
-}
-
-
-# some of them among the slow tests: a lost rank takes its timeout to be noticed
-QUICK = "start_ranks", "learning_rate"
-PLACES = [x if x in QUICK else pytest.param(x, marks=pytest.mark.slow) for x in LOST]
-
-
-@pytest.mark.parametrize("place", PLACES)
-def test_a_lost_rank_ends_the_others(home, base, copy, place):
-    """Within --timeout and a few seconds, with one message that names it."""
-    options = ("tiny.py", f"--name={copy.name}", "--resume", "--timeout=5", "--steps=14")
-    if place == "load_weights":
-        options = ("--checkpoint=runs/base", "--data=corpus", "--seq_len=32", "--timeout=5")
-        options += (f"--name={copy.name}-tuned",)
-    run, start = Run(home, *options, ranks=2, prepare=Lose(place)), time.monotonic()
-    assert run.wait(grace=1) == [1, -signal.SIGKILL] and time.monotonic() - start < 60, run.text()
-    assert run.text().count("error: rank 1 died or hangs") == 1, run.text()
-    assert run.text().count("error: ") == 1 and "Traceback" not in run.text(), run.text()
-
-
-def test_a_killed_rank_ends_the_others(home):
-    run = Run(home, *ENDLESS, "--name=dies", "--sp=2", ranks=4).wait_for_step(2)
-    run.kill(ranks=[2])
-    start = time.monotonic()
-    assert run.wait() == [1, 1, -signal.SIGKILL, 1] and time.monotonic() - start < 15
-    assert run.text().count("error: rank 2 died or hangs") == 1 and "Traceback" not in run.text()
-
-
-def break_rank_1(rank):
-    import train
-
-    if rank == 1:
-        good = train.learning_rate
-        train.learning_rate = lambda options, step: good(options, step) if step < 3 else 1 / 0
-
-
-def test_an_error_on_one_rank_ends_the_others(home):
-    """A bug: its traceback is shown, once, and the other rank does not wait for ever."""
-    run = Run(home, *ENDLESS, "--name=bug", "--log_every=100", ranks=2, prepare=break_rank_1)
-    start = time.monotonic()
-    assert run.wait() == [1, 1] and time.monotonic() - start < 30
-    assert run.text().count("ZeroDivisionError") == 1 and run.text().count("Traceback") == 1
-
-
-END_WHILE_THE_PULSE_BEATS = """
-import time, torch.distributed as dist
-from loop import guards
-from loop.options import Options
-from datetime import timedelta
-guards.PULSE = 0  # all the time
-watch = guards.Watch(Options())
-dist.init_process_group("gloo", timeout=timedelta(seconds=30), **guards.meeting_point(30))
-began = time.monotonic()
-while time.monotonic() < began + 0.3:
-    pass
-dist.destroy_process_group()
-"""
-
-
-def test_a_rank_that_is_done_ends_well():
-    """A thread that Python stopped inside PyTorch's store would abort the process."""
-    patience = timedelta(seconds=60)
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=patience)
-    where = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    where |= {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    where |= {"TORCHELASTIC_RESTART_COUNT": "0", "PYTHONPATH": str(ROOT)}
-    script = [sys.executable, "-c", END_WHILE_THE_PULSE_BEATS]
-    ended = subprocess.run(script, env=NO_GPU | where, capture_output=True, text=True, timeout=60)
-    assert ended.returncode == 0 and "terminate" not in ended.stderr, ended.stderr
-    assert store.add("pulse/0/0", 0) > 10
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,0 +1,194 @@
+"""What becomes of the other ranks when one is lost: they end, soon, and one of them says which."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+
+from conftest import ROOT
+from runs import NO_GPU, Run, make_home, train
+
+ENDLESS = ("tiny.py", "--steps=100000", "--warmup_steps=5")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return make_home(tmp_path_factory.mktemp("lost"))
+
+
+@pytest.fixture(scope="module")
+def base(home):
+    """The name of a run of 12 steps on two ranks that kept its states after 4, 8 and 12."""
+    train(home, "tiny.py", "--steps=12", "--save_every=4", "--keep=3", "--name=base", ranks=2)
+    return "base"
+
+
+@pytest.fixture
+def copy(home, base):
+    """A copy of that run: its folder."""
+    folder = home / "runs" / f"{base}-{os.urandom(4).hex()}"
+    shutil.copytree(home / "runs" / base, folder)
+    return folder
+
+
+# --------------------------------------------------------------------------------------------------
+# One hangs, is killed, or fails
+
+
+class Lose:
+    """prepare(rank): rank 1 is stopped as it comes to train.`place`."""
+
+    def __init__(self, place):
+        self.place = place
+
+    def __call__(self, rank):
+        import train
+
+        there = getattr(train, self.place)
+
+        def lost(*arguments, **settings):
+            os.kill(os.getpid(), signal.SIGSTOP)
+            return there(*arguments, **settings)
+
+        if rank == 1:
+            setattr(train, self.place, lost)
+
+
+LOST = {  # where a rank is lost: what it was doing
+    "start_ranks": "meeting the others",
+    "build_model": "building the model",
+    "load_weights": "loading weights",
+    "build_optimizer": "about to load a state",
+    "learning_rate": "in a step",
+    "save_weights": "writing the trained weights",
+}
+
+
+# some of them among the slow tests: a lost rank takes its timeout to be noticed
+QUICK = "start_ranks", "learning_rate"
+PLACES = [x if x in QUICK else pytest.param(x, marks=pytest.mark.slow) for x in LOST]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_lost_rank_ends_the_others(home, base, copy, place):
+    """Within --timeout and a few seconds, with one message that names it."""
+    options = ("tiny.py", f"--name={copy.name}", "--resume", "--timeout=5", "--steps=14")
+    if place == "load_weights":
+        options = ("--checkpoint=runs/base", "--data=corpus", "--seq_len=32", "--timeout=5")
+        options += (f"--name={copy.name}-tuned",)
+    run, start = Run(home, *options, ranks=2, prepare=Lose(place)), time.monotonic()
+    assert run.wait(grace=1) == [1, -signal.SIGKILL] and time.monotonic() - start < 60, run.text()
+    assert run.text().count("error: rank 1 died or hangs") == 1, run.text()
+    assert run.text().count("error: ") == 1 and "Traceback" not in run.text(), run.text()
+
+
+def test_a_killed_rank_ends_the_others(home):
+    run = Run(home, *ENDLESS, "--name=dies", "--sp=2", ranks=4).wait_for_step(2)
+    run.kill(ranks=[2])
+    start = time.monotonic()
+    assert run.wait() == [1, 1, -signal.SIGKILL, 1] and time.monotonic() - start < 15
+    assert run.text().count("error: rank 2 died or hangs") == 1 and "Traceback" not in run.text()
+
+
+def break_rank_1(rank):
+    import train
+
+    if rank == 1:
+        good = train.learning_rate
+        train.learning_rate = lambda options, step: good(options, step) if step < 3 else 1 / 0
+
+
+def test_an_error_on_one_rank_ends_the_others(home):
+    """A bug: its traceback is shown, once, and the other rank does not wait for ever."""
+    run = Run(home, *ENDLESS, "--name=bug", "--log_every=100", ranks=2, prepare=break_rank_1)
+    start = time.monotonic()
+    assert run.wait() == [1, 1] and time.monotonic() - start < 30
+    assert run.text().count("ZeroDivisionError") == 1 and run.text().count("Traceback") == 1
+
+
+END_WHILE_THE_PULSE_BEATS = """
+import time, torch.distributed as dist
+from loop import guards
+from loop.options import Options
+from datetime import timedelta
+guards.PULSE = 0  # all the time
+watch = guards.Watch(Options())
+dist.init_process_group("gloo", timeout=timedelta(seconds=30), **guards.meeting_point(30))
+began = time.monotonic()
+while time.monotonic() < began + 0.3:
+    pass
+dist.destroy_process_group()
+"""
+
+
+def test_a_rank_that_is_done_ends_well():
+    """A thread that Python stopped inside PyTorch's store would abort the process."""
+    patience = timedelta(seconds=60)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=patience)
+    where = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    where |= {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    where |= {"TORCHELASTIC_RESTART_COUNT": "0", "PYTHONPATH": str(ROOT)}
+    script = [sys.executable, "-c", END_WHILE_THE_PULSE_BEATS]
+    ended = subprocess.run(script, env=NO_GPU | where, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0 and "terminate" not in ended.stderr, ended.stderr
+    assert store.add("pulse/0/0", 0) > 10
+
+
+# --------------------------------------------------------------------------------------------------
+# Timeouts
+
+
+def print_groups(rank):
+    """Instead of training."""
+    import sp
+    import train
+
+    start = train.start_ranks
+
+    def start_and_print(options):
+        device, mesh = start(options)
+        groups = {name: mesh[name].get_group() for name in mesh.mesh_dim_names}
+        groups |= {"all": dist.group.WORLD} | ({"sp": sp.group()} if sp.group() else {})
+        found = {
+            name: [
+                dist.get_process_group_ranks(group),
+                group._get_backend(device).options._timeout.total_seconds(),
+            ]
+            for name, group in groups.items()
+        }
+        print(json.dumps([rank, found]), flush=True)
+        os._exit(0)
+
+    train.start_ranks = start_and_print
+
+
+GROUPS = {  # of ranks 0 and 3 of four
+    ("--sp=2", "--replicas=2"): (
+        {"all": [0, 1, 2, 3], "sp": [0, 1], "shard": [0, 1], "replica": [0, 2]},
+        {"all": [0, 1, 2, 3], "sp": [2, 3], "shard": [2, 3], "replica": [1, 3]},
+    ),
+    ("--sp=2",): (
+        {"all": [0, 1, 2, 3], "sp": [0, 1], "shard": [0, 1, 2, 3]},
+        {"all": [0, 1, 2, 3], "sp": [2, 3], "shard": [0, 1, 2, 3]},
+    ),
+    (): ({"all": [0, 1, 2, 3], "shard": [0, 1, 2, 3]},) * 2,
+}
+
+
+@pytest.mark.parametrize("options", GROUPS, ids=" ".join)
+def test_all_groups_have_one_timeout(home, options):
+    """--timeout, and not PyTorch's own."""
+    name = f"--name=groups-{len(options)}"
+    arguments = ("tiny.py", "--micro_batch=1", "--timeout=77", name, *options)
+    run = Run(home, *arguments, ranks=4, prepare=print_groups)
+    lines = [line for line in run.ends_well().text().splitlines() if line.startswith("[")]
+    found = dict(json.loads(line) for line in lines)
+    for rank, expected in zip((0, 3), GROUPS[options]):
+        assert found[rank] == {k: [ranks, 77] for k, ranks in expected.items()}
