@@ -46,7 +46,15 @@ from folders import exists
 from loop import memory
 from loop.budget import GIB, adds_in_bf16
 from loop.checks import check_new, check_run
-from loop.guards import Stop, Watch, describe_bad_step, fail, hold, meeting_point
+from loop.guards import (
+    TIME_TO_REPORT,
+    Stop,
+    Watch,
+    describe_bad_step,
+    fail,
+    hold,
+    meeting_point,
+)
 from loop.log import Log
 from loop.memory import HostMemory, ReduceScatter, SplitAdamW
 from loop.options import parse
@@ -79,7 +87,7 @@ def start_ranks(options):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         fit_card(options.gpu_gib)
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    patience = timedelta(seconds=options.timeout)
+    patience = timedelta(seconds=options.timeout + TIME_TO_REPORT)
     dist.init_process_group(
         "nccl" if cuda else "gloo",
         timeout=patience,

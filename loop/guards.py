@@ -21,6 +21,12 @@ import torch.distributed as dist
 PULSE = 1  # seconds between beats
 ROLL_CALL = 4  # seconds in which a living rank has a pulse
 
+# Seconds by which the timeout of the process groups is longer than Watch's, so that a lost rank is
+# reported by Watch's one line, and not by NCCL's watchdog, which aborts all ranks with pages of its
+# own. Watch needs the beats in which it counts (2), the connection to the store (12, if a name
+# server is silent), and the roll call (4).
+TIME_TO_REPORT = 30
+
 
 class Stop:
     """`asked` becomes true on SIGTERM or SIGUSR1, which schedulers send, on Ctrl-C, and when

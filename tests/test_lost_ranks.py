@@ -13,6 +13,7 @@ import pytest
 import torch.distributed as dist
 
 from conftest import ROOT
+from loop.guards import PULSE, ROLL_CALL, TIME_TO_REPORT
 from runs import NO_GPU, Run, make_home, train
 
 ENDLESS = ("tiny.py", "--steps=100000", "--warmup_steps=5")
@@ -184,11 +185,13 @@ GROUPS = {  # of ranks 0 and 3 of four
 
 @pytest.mark.parametrize("options", GROUPS, ids=" ".join)
 def test_all_groups_have_one_timeout(home, options):
-    """--timeout, and not PyTorch's own."""
+    """Longer than --timeout, so that a lost rank is reported by our line before NCCL's watchdog
+    aborts all others."""
     name = f"--name=groups-{len(options)}"
     arguments = ("tiny.py", "--micro_batch=1", "--timeout=77", name, *options)
     run = Run(home, *arguments, ranks=4, prepare=print_groups)
     lines = [line for line in run.ends_well().text().splitlines() if line.startswith("[")]
     found = dict(json.loads(line) for line in lines)
     for rank, expected in zip((0, 3), GROUPS[options]):
-        assert found[rank] == {k: [ranks, 77] for k, ranks in expected.items()}
+        assert found[rank] == {k: [ranks, 77 + TIME_TO_REPORT] for k, ranks in expected.items()}
+    assert TIME_TO_REPORT > 2 * PULSE + 12 + ROLL_CALL
