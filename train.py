@@ -288,7 +288,7 @@ def train(options):
     optimizer = build_optimizer(options, model)
     states.attach(model, optimizer, at)
     log = Log(options, model, folder, device, data, held_out, at.step)
-    stop, watch.in_loop = Stop(), True
+    stop = watch.stop = Stop()
 
     while not at.ended(options):
         # the gradient of the mean loss over all counted targets of the step, on all ranks together

@@ -121,15 +121,36 @@ def pulse_key(rank):
     return f"pulse/{attempt()}/{rank}"
 
 
+def failures_key():
+    """Under this key the store counts the ranks that have failed."""
+    return f"said/{attempt()}"
+
+
+def roll_call(store):
+    """The ranks that have no pulse in ROLL_CALL seconds. This one beats meanwhile, because the
+    caller may be the thread that beats for it."""
+    keys = [pulse_key(rank) for rank in range(int(os.environ["WORLD_SIZE"]))]
+    before = [store.add(key, 0) for key in keys]
+    for _ in range(ROLL_CALL):
+        store.add(pulse_key(os.environ["RANK"]), 1)
+        time.sleep(1)
+    return [rank for rank, key in enumerate(keys) if store.add(key, 0) == before[rank]]
+
+
 class Watch:
     """A thread that counts in the store, every PULSE seconds and whatever the other threads wait
     for, and watches that the next rank does the same.
 
-    The process ends, with a message, when the next rank has been silent for `timeout` seconds,
-    whatever is waited for; and when torchrun is gone before the loop asks Stop about it."""
+    The process ends, with a message, when the next rank has been silent for `timeout` seconds and
+    then misses a roll call, whatever is waited for; and when torchrun is gone before the loop asks
+    Stop about it.
+
+    Once a stop was asked, ROLL_CALL seconds of silence are enough, and the process also ends when
+    another rank has failed. For torchrun asks all ranks to stop when it has lost one: they may wait
+    for it inside NCCL, which nothing interrupts, and torchrun kills them after 30 s."""
 
     def __init__(self, options):
-        self.options, self.ended, self.in_loop = options, threading.Event(), False
+        self.options, self.ended, self.stop = options, threading.Event(), None
         self.thread = threading.Thread(target=self.run, daemon=True)
         self.thread.start()
         # Python, as it ends, would stop the thread inside PyTorch's C++, which aborts the process.
@@ -140,44 +161,53 @@ class Watch:
             return
         rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         store, gone = None, False
+        neighbour, failed = (rank + 1) % ranks, 0  # failed: beats since another rank has
         heard, silent = None, 0  # counted in beats: a suspended job hears nothing and is not lost
         while not self.ended.wait(PULSE):
-            if is_orphan() and not self.in_loop:
+            if is_orphan() and self.stop is None:
                 if os.environ["LOCAL_RANK"] == "0":
                     print("error: torchrun is gone, before the first step", file=sys.stderr)
                 os._exit(1)
             store = store or (None if gone else torchrun_store())
             if store is None:
                 continue
+            asked, lost = self.stop is not None and self.stop.asked, []
             try:
                 store.add(pulse_key(rank), 1)
-                pulse = store.add(pulse_key((rank + 1) % ranks), 0)
+                pulse = store.add(pulse_key(neighbour), 0)
+                heard, silent = pulse, 0 if pulse != heard else silent + PULSE
+                if silent > (ROLL_CALL if asked else self.options.timeout):
+                    lost = roll_call(store)
+                failed += asked and store.add(failures_key(), 0) > 0
             except RuntimeError:
                 store, gone = None, True
                 continue
-            heard, silent = pulse, 0 if pulse != heard else silent + PULSE
-            if silent > self.options.timeout:
-                fail(dist.DistError(f"no pulse for {silent} s"), self.options)
+            if self.ended.is_set():
+                break
+            if neighbour in lost:
+                fail(dist.DistError(f"no pulse for {silent} s"), self.options, lost)
+            if failed > 1:  # for a beat, in which this rank may say what failed here
+                fail(dist.DistError("another rank has failed"), self.options, [])
 
     def end(self):
         self.ended.set()
-        self.thread.join(ROLL_CALL)  # no longer, should the store hang
+        self.thread.join(2 * ROLL_CALL)  # no longer, should the store hang
 
 
 # --------------------------------------------------------------------------------------------------
 # The end of a run that failed
 
 
-def fail(error, options):
+def fail(error, options, silent=None):
     """Say what went wrong and end this rank at once: a thread that waits for other ranks must not
     keep it alive. One line for what the user can fix, a traceback for a bug. If ranks fail alike,
-    one of them speaks."""
+    one of them speaks. `silent`: the ranks that missed a roll call, if there was one."""
     store = torchrun_store()
     from_gloo = isinstance(error, RuntimeError) and "gloo" in str(error)
     lost = isinstance(error, dist.DistError) or from_gloo
     first_line = (str(error).splitlines() or [""])[0]
     if lost:
-        text = f"error: {describe_lost(store) if store else 'another rank died or hangs'}"
+        text = f"error: {describe_lost(store, silent) if store else 'another rank died or hangs'}"
         text += f" ({first_line})"
     elif out_of_memory(error):
         rank = os.environ.get("RANK", 0)
@@ -215,23 +245,18 @@ def first_to_say(text, store):
     if store is None:  # before they meet, ranks fail alike
         first = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
         return dist.is_initialized() or first
-    said = f"said/{attempt()}"
-    others = store.add(said, 1) - 1
-    return store.add(f"{said}/{text}", 1) == 1 if text else others == 0
+    others = store.add(failures_key(), 1) - 1
+    return store.add(f"{failures_key()}/{text}", 1) == 1 if text else others == 0
 
 
-def describe_lost(store):
-    """Which ranks have no pulse, found by a rank of which a collective operation failed."""
+def describe_lost(store, silent=None):
+    """Which ranks have no pulse: those in `silent`, or those that miss a roll call now."""
     try:
-        keys = [pulse_key(rank) for rank in range(int(os.environ["WORLD_SIZE"]))]
-        before = [store.add(key, 0) for key in keys]
-        time.sleep(ROLL_CALL)
-        silent = [rank for rank, key in enumerate(keys) if store.add(key, 0) == before[rank]]
-        # this rank lives, even if the thread that beats for it is the one that asks
-        silent = [str(rank) for rank in silent if rank != int(os.environ["RANK"])]
+        silent = roll_call(store) if silent is None else silent
     except RuntimeError:
-        silent = ["0"]  # which kept the store
-    return f"rank {', '.join(silent)} died or hangs" if silent else "ranks lost each other"
+        silent = [0]  # which kept the store
+    names = ", ".join(map(str, silent))
+    return f"rank {names} died or hangs" if silent else "ranks lost each other"
 
 
 def memory_advice(options):

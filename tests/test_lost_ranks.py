@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from datetime import timedelta
 
@@ -13,8 +14,9 @@ import pytest
 import torch.distributed as dist
 
 from conftest import ROOT
-from loop.guards import PULSE, ROLL_CALL, TIME_TO_REPORT
-from runs import NO_GPU, Run, make_home, train
+from loop import guards
+from loop.guards import PULSE, ROLL_CALL, TIME_TO_REPORT, roll_call
+from runs import NO_GPU, Run, losses, make_home, states, train
 
 ENDLESS = ("tiny.py", "--steps=100000", "--warmup_steps=5")
 
@@ -143,6 +145,95 @@ def test_a_rank_that_is_done_ends_well():
 
 
 # --------------------------------------------------------------------------------------------------
+# Where nothing interrupts the others
+
+
+class Hang:
+    """prepare(rank): in step 3 rank 2 is killed, or has an error, and the others wait for ever, as
+    inside NCCL."""
+
+    def __init__(self, how):
+        self.how = how
+
+    def __call__(self, rank):
+        import train
+        from loop import guards
+
+        guards.ROLL_CALL = 3
+        good = train.learning_rate
+
+        def learning_rate(options, step):
+            if step == 3 and rank == 2:
+                if self.how == "killed":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise ZeroDivisionError
+            if step == 3:
+                time.sleep(1000)
+            return good(options, step)
+
+        train.learning_rate = learning_rate
+
+
+@pytest.mark.parametrize("how", [pytest.param("killed", marks=pytest.mark.slow), "failed"])
+def test_ranks_that_hang_end_when_they_are_asked_to_stop(home, how):
+    """torchrun asks them once it has lost one, and kills them 30 s later."""
+    run = Run(home, *ENDLESS, f"--name=hang-{how}", "--sp=2", ranks=4, prepare=Hang(how))
+    run.wait_for_step(2)
+    start, lost = time.monotonic(), -signal.SIGKILL if how == "killed" else 1
+    # one after the other they would take three times as long
+    assert run.wait() == [1, 1, lost, 1] and time.monotonic() - start < 17, run.text()
+    said = "error: rank 2 died or hangs" if how == "killed" else "Traceback"
+    assert run.text().count(said) == 1, run.text()
+    assert run.text().count("error: ") == (how == "killed"), run.text()
+
+
+def test_who_misses_a_roll_call(monkeypatch):
+    """Not the rank that calls, though its beating thread may be the one that does."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr(guards, "ROLL_CALL", 1)
+    store = dist.HashStore()
+    assert roll_call(store) == [1, 2]
+    threading.Timer(0.5, store.add, [guards.pulse_key(2), 1]).start()
+    assert roll_call(store) == [1]
+
+
+def slow_to_leave(rank):
+    from loop import guards, states
+
+    guards.ROLL_CALL = 1
+    good = states.States.wait
+
+    def wait(self):
+        if self.pending and rank == 1:
+            time.sleep(5)
+        good(self)
+
+    states.States.wait = wait
+
+
+@pytest.mark.slow
+def test_a_stop_may_take_its_time(home):
+    """While all ranks live they are not ended, and the state is saved."""
+    run = Run(home, *ENDLESS, "--name=slow", ranks=2, prepare=slow_to_leave).wait_for_step(2)
+    run.kill(signal.SIGTERM)
+    assert "error" not in run.ends_well().text()
+    assert states(home, "slow") == [f"step-{len(losses(home, 'slow')):08d}"]
+
+
+@pytest.mark.slow
+def test_a_rank_that_comes_back_is_not_lost(home):
+    """It has no pulse for a while, as when it holds Python's lock, but answers the roll call."""
+    run = Run(home, *ENDLESS, "--name=back", ranks=2).wait_for_step(2)
+    run.kill(signal.SIGSTOP, ranks=[1])
+    run.kill(signal.SIGTERM)
+    time.sleep(ROLL_CALL + 3)
+    run.kill(signal.SIGCONT, ranks=[1])
+    assert "error" not in run.ends_well().text()
+    assert states(home, "back") == [f"step-{len(losses(home, 'back')):08d}"]
+
+
+# --------------------------------------------------------------------------------------------------
 # Timeouts
 
 
@@ -183,7 +274,10 @@ GROUPS = {  # of ranks 0 and 3 of four
 }
 
 
-@pytest.mark.parametrize("options", GROUPS, ids=" ".join)
+GROUPINGS = [x if len(x) == 2 else pytest.param(x, marks=pytest.mark.slow) for x in GROUPS]
+
+
+@pytest.mark.parametrize("options", GROUPINGS, ids=" ".join)
 def test_all_groups_have_one_timeout(home, options):
     """Longer than --timeout, so that a lost rank is reported by our line before NCCL's watchdog
     aborts all others."""

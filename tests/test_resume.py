@@ -83,7 +83,7 @@ def many_files(rank):
     loop_states.FILE_BYTES = 1000
 
 
-@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize("ranks", [4, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_state_in_many_files(home, printed, ranks):
     """As a large one has. A run without that limit resumes it."""
     if not (home / "runs/files").exists():
