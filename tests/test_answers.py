@@ -1,12 +1,11 @@
 """Answers in the harmony format: messages as openai-harmony parses them, malformed ones too, and
 what a terminal shows."""
 
-import os
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from corpora import need_vocabulary
 from text.answers import CONTROL, parse, readable, text_of
 from text.tokenizer import get_tokenizer
 
@@ -15,9 +14,7 @@ BYTES = get_tokenizer("bytes")
 
 @pytest.fixture(scope="module")
 def harmony():
-    name = "fb374d419588a4632f3f557e76b4b70aebbca790"  # tiktoken's name for o200k_base
-    if not os.path.isfile(os.path.join(os.environ.get("TIKTOKEN_CACHE_DIR", ""), name)):
-        pytest.skip("the o200k vocabulary is not here: set TIKTOKEN_CACHE_DIR to a folder with it")
+    need_vocabulary()
     return get_tokenizer("o200k_harmony")
 
 

@@ -11,6 +11,7 @@ from bench import __main__ as bench
 from bench import inspection
 from bench.inspection import expert_load, inspect, sink_shares
 from common import batch, noise_, packed, tiny_config, twins
+from corpora import need_vocabulary
 from model import GPTOSS, GPTOSSConfig, dense_attention
 from test_sample import SIZES, save_state
 
@@ -120,10 +121,15 @@ def test_long_texts_and_mistakes(folders, capsys, tmp_path):
         ("runs/whole", "x" * 129, "a text of 129 tokens"),
         ("runs/none", "x", "runs/none: no such folder"),
         ("runs/young", "x", "this run has no model/ yet"),
-        ("converted", "x", "vocabulary of 300 is smaller than that of o200k_harmony"),
     ):
         with pytest.raises(SystemExit, match=f"error: .*{message}"):
             bench.main(["--inspect", str(folders / folder), text])
+
+
+def test_a_vocabulary_that_is_too_small(folders):
+    need_vocabulary()
+    with pytest.raises(SystemExit, match="vocabulary of 300 is smaller than that of o200k_harmony"):
+        bench.main(["--inspect", str(folders / "converted"), "x"])
 
 
 def test_a_model_in_bf16_of_many_experts():

@@ -19,6 +19,7 @@ import generate as generation
 import sample
 from common import noise_, tiny_config
 from conftest import ROOT
+from corpora import need_vocabulary
 from generate import generate
 from lora import adapt, save_adapters
 from lora import identity as base_identity
@@ -31,12 +32,6 @@ from text.tokenizer import ByteTokenizer, get_tokenizer
 CPU = torch.device("cpu")
 BYTES = get_tokenizer("bytes")
 SIZES = {"vocab_size": 300, "max_position_embeddings": 128}
-
-
-def need_vocabulary():
-    name = "fb374d419588a4632f3f557e76b4b70aebbca790"  # tiktoken's name for o200k_base
-    if not os.path.isfile(os.path.join(os.environ.get("TIKTOKEN_CACHE_DIR", ""), name)):
-        pytest.skip("the o200k vocabulary is not here: set TIKTOKEN_CACHE_DIR to a folder with it")
 
 
 def save_state(model, run, step, **numbers):
