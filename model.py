@@ -254,7 +254,7 @@ def choose_attention(S, window, documents, device, dtype, head_dim):
         return flash.cudnn_sink_attention
     if kernel == "by document" and (plan := flash.plan_documents(documents)):
         return functools.partial(flash.document_attention, plan=plan)
-    if kernel != "dense":
+    if kernel != "dense":  # also for documents that have no such plan
         mask = flash.block_mask(S, window, documents, device)
         return functools.partial(flex_sink_attention, mask=mask)
     return functools.partial(dense_attention, window=window, documents=documents)

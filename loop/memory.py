@@ -157,7 +157,7 @@ class ReduceScatter:
             # reduce_scatter_tensor was its name before PyTorch 2.13
             run = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
             return run(output_tensor, input_tensor, op, group, async_op)
-        assert op == dist.ReduceOp.SUM and not async_op
+        assert op == dist.ReduceOp.SUM and not async_op  # as train.build_model has FSDP ask for it
         received = self.allocate(
             input_tensor.shape, dtype=input_tensor.dtype, device=input_tensor.device
         )

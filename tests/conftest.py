@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -35,3 +36,21 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
         if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="takes long: --slow runs it"))
+
+
+@pytest.fixture(scope="module")
+def base(home):
+    """The name of a run in `home`, which a test file makes: 12 steps on two ranks, whose states
+    after 4, 8 and 12 are kept."""
+    from runs import BASE, train  # which imports this file
+
+    train(home, *BASE, "--name=base", ranks=2)
+    return "base"
+
+
+@pytest.fixture
+def copy(home, base):
+    """A copy of that run: its folder."""
+    folder = home / "runs" / f"{base}-{os.urandom(4).hex()}"
+    shutil.copytree(home / "runs" / base, folder)
+    return folder

@@ -27,6 +27,10 @@ import torch.distributed as dist
 from common import PRELOADED
 from conftest import ROOT
 
+# of runs: one that is to be interrupted, and conftest.base
+ENDLESS = ("tiny.py", "--steps=100000", "--warmup_steps=5")
+BASE = ("tiny.py", "--steps=12", "--save_every=4", "--keep=3")
+
 # for processes that are started by hand
 NO_GPU = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 

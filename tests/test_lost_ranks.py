@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,29 +15,12 @@ import torch.distributed as dist
 from conftest import ROOT
 from loop import guards
 from loop.guards import PULSE, ROLL_CALL, TIME_TO_REPORT, roll_call
-from runs import NO_GPU, Run, losses, make_home, states, train
-
-ENDLESS = ("tiny.py", "--steps=100000", "--warmup_steps=5")
+from runs import ENDLESS, NO_GPU, Run, losses, make_home, states
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     return make_home(tmp_path_factory.mktemp("lost"))
-
-
-@pytest.fixture(scope="module")
-def base(home):
-    """The name of a run of 12 steps on two ranks that kept its states after 4, 8 and 12."""
-    train(home, "tiny.py", "--steps=12", "--save_every=4", "--keep=3", "--name=base", ranks=2)
-    return "base"
-
-
-@pytest.fixture
-def copy(home, base):
-    """A copy of that run: its folder."""
-    folder = home / "runs" / f"{base}-{os.urandom(4).hex()}"
-    shutil.copytree(home / "runs" / base, folder)
-    return folder
 
 
 # --------------------------------------------------------------------------------------------------

@@ -25,31 +25,13 @@ from conftest import ROOT
 from loop.guards import hold
 from loop.states import checksum, examine
 from model import GPTOSS
-from runs import NO_GPU, Run, held_out, losses, make_home, states, train
+from runs import BASE, ENDLESS, NO_GPU, Run, held_out, losses, make_home, states, train
 from soak import soak
-
-ENDLESS = ("tiny.py", "--steps=100000", "--warmup_steps=5")
-BASE = ("tiny.py", "--steps=12", "--save_every=4", "--keep=3")
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     return make_home(tmp_path_factory.mktemp("resilience"))
-
-
-@pytest.fixture(scope="module")
-def base(home):
-    """The name of a run of 12 steps on two ranks that kept its states after 4, 8 and 12."""
-    train(home, *BASE, "--name=base", ranks=2)
-    return "base"
-
-
-@pytest.fixture
-def copy(home, base):
-    """A copy of that run: its folder."""
-    folder = home / "runs" / f"{base}-{os.urandom(4).hex()}"
-    shutil.copytree(home / "runs" / base, folder)
-    return folder
 
 
 # --------------------------------------------------------------------------------------------------
