@@ -249,10 +249,9 @@ LONG = 3072  # tokens from which a document runs on cuDNN; 1K to 8K differ littl
 SHORTEST, MOST = 32, 65_535
 SIZES = 8  # lengths to an octave that documents are padded to there: each needs a plan of its own
 
-# long: (first token, tokens, tokens it is padded to) of each long document. index (T') or None:
-# which tokens the others have, None for all. ends (n + 1) int32: where each of those ends among
-# them. longest: the most tokens that one has.
-Plan = namedtuple("Plan", "long index ends longest")
+# One call of a kernel: which of the T tokens it has, n of them, as a slice or indices; its forward
+# and its backward; and what both take last.
+Call = namedtuple("Call", "tokens forward backward sizes")
 
 
 def padded(length):
@@ -262,7 +261,7 @@ def padded(length):
 
 
 def plan_documents(documents):
-    """documents (B, S) -> the Plan of its attention; None where document_begins has none."""
+    """documents (B, S) -> the Calls of its attention; None if FlexAttention must do it."""
     begins = document_begins(documents)
     if begins is None:
         say("packed documents: FlexAttention after all, because a number comes again later")
@@ -270,69 +269,96 @@ def plan_documents(documents):
     starts = begins.flatten().nonzero()[:, 0]
     lengths = torch.diff(starts, append=torch.tensor([begins.numel()]))
     is_long = lengths >= LONG
-    pairs = zip(starts[is_long].tolist(), lengths[is_long].tolist())
-    long = [(start, length, padded(length)) for start, length in pairs]
+    calls = [
+        Call(slice(start, start + length), on_cudnn, on_cudnn_backward, (padded(length),))
+        for start, length in zip(starts[is_long].tolist(), lengths[is_long].tolist())
+    ]
     short = lengths[~is_long]
     if len(short) > MOST or SHORTEST * len(short) > begins.numel():
         say("packed documents: FlexAttention after all, because they are many and very short")
         return None
-    if not len(short):
-        return Plan(long, None, None, 0)
-    index = None
-    if long:
-        index = (~is_long).repeat_interleave(lengths).nonzero()[:, 0].to(documents.device)
-    ends = F.pad(short.cumsum(0), (1, 0)).int().to(documents.device)
-    return Plan(long, index, ends, short.max().item())
+    if len(short):
+        tokens = slice(None)
+        if calls:
+            tokens = (~is_long).repeat_interleave(lengths).nonzero()[:, 0].to(documents.device)
+        ends = F.pad(short.cumsum(0), (1, 0)).int().to(documents.device)
+        calls.append(Call(tokens, on_flash, on_flash_backward, (ends, short.max().item())))
+    return calls
 
 
-def one_sequence(x, start, length, size):
-    """x (T, heads, D) -> (1, heads, size, D): a document, padded with zeros, as cuDNN wants it."""
-    return F.pad(x[start : start + length].transpose(0, 1)[None], (0, 0, 0, size - length))
+def one_sequence(x, size):
+    """x (n, heads, D) -> (1, heads, size, D): a document, padded with zeros, as cuDNN wants it."""
+    return F.pad(x.transpose(0, 1)[None], (0, 0, 0, size - len(x)))
+
+
+def on_cudnn(q, k, v, size):
+    """Attention without sinks in one document, padded to `size` tokens: q (n, H, D), k and v
+    (n, K, D) -> out (n, H, D), lse (n, H) fp32, and two tensors that the backward asks for."""
+    n = len(q)
+    out, lse, *_, seed, offset, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        *(one_sequence(x, size) for x in (q, k, v)), None, True, is_causal=True
+    )
+    return out[0, :, :n].transpose(0, 1), lse.view(-1, size)[:, :n].t(), seed, offset
+
+
+def on_cudnn_backward(grad, q, k, v, out, lse, seed, offset, size):
+    """(dq, dk, dv), which are those with sinks if out and lse include them. A query that only pads
+    has a gradient of zero, and so has all that comes of it."""
+    n = len(q)
+    inputs = (one_sequence(x, size) for x in (grad, q, k, v, out))
+    lse = F.pad(lse.t(), (0, size - n))[None, ..., None]  # (1, H, size, 1)
+    rest = seed, offset, None, None, None, size, size, 0.0, True
+    return [dx[0, :, :n].transpose(0, 1) for dx in cudnn_backward(*inputs, lse, *rest)]
+
+
+def on_flash(q, k, v, ends, longest):
+    """As on_cudnn, of many documents: ends (their number + 1) int32, 0 first, and the most tokens
+    that one has."""
+    out, lse, state, unused, _ = torch.ops.aten._flash_attention_forward(
+        q, k, v, ends, ends, longest, longest, 0.0, True, False
+    )
+    return out, lse.t(), state, unused
+
+
+def on_flash_backward(grad, q, k, v, out, lse, state, unused, ends, longest):
+    rest = ends, ends, longest, longest, 0.0, True, state, unused
+    lse = lse.t().contiguous()  # (H, n)
+    return torch.ops.aten._flash_attention_backward(grad, q, k, v, out, lse, *rest)
+
+
+def put(wholes, parts, tokens, T):
+    """`wholes`, or None at first, with each of `parts` at its tokens of T. A part of all T is the
+    whole itself."""
+    if len(parts[0]) == T:
+        return parts
+    wholes = wholes or [x.new_empty(T, *x.shape[1:]) for x in parts]
+    for whole, part in zip(wholes, parts):
+        whole[tokens] = part
+    return wholes
 
 
 class DocumentAttention(torch.autograd.Function):
-    """Sink attention within documents: q (B, S, H, D), k and v (B, S, K, D), sinks (H), a Plan ->
-    (B, S, H, D).
-
-    As in CudnnSinkAttention the kernels know no sinks, and the backward is given out and lse that
-    include them. A query that only pads a document has a gradient of zero, and so has all that
-    comes of it. RuntimeError for a second derivative."""
+    """Sink attention within documents: q (B, S, H, D), k and v (B, S, K, D), sinks (H), the Calls
+    of plan_documents -> (B, S, H, D). With sinks as in CudnnSinkAttention. RuntimeError for a
+    second derivative."""
 
     @staticmethod
-    def forward(ctx, q, k, v, sinks, plan):
+    def forward(ctx, q, k, v, sinks, calls):
         shape = q.shape
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # (T, heads, D)
 
         def attend():
-            random = []
-            if plan.long:  # else one call has all
-                tokens, heads, _ = q.shape
-                out, lse = torch.empty_like(q), q.new_empty(heads, tokens, dtype=torch.float32)
-            for start, length, size in plan.long:
-                inputs = (one_sequence(x, start, length, size) for x in (q, k, v))
-                o, l, *_, seed, offset, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-                    *inputs, None, True, is_causal=True
-                )
-                out[start : start + length] = o[0, :, :length].transpose(0, 1)
-                lse[:, start : start + length] = l.view(-1, size)[:, :length]
-                random += [seed, offset]
-            if plan.ends is not None:
-                index = plan.index
-                inputs = (x if index is None else x[index] for x in (q, k, v))
-                lengths = plan.ends, plan.ends, plan.longest, plan.longest
-                o, l, *state, _ = torch.ops.aten._flash_attention_forward(
-                    *inputs, *lengths, 0.0, True, False
-                )
-                random += state
-                if index is None:
-                    out, lse = o, l
-                else:
-                    out[index], lse[:, index] = o, l.float()
-            out, lse = fold_sinks(out.transpose(0, 1)[None], lse[None], sinks)
-            return out[0].transpose(0, 1), lse[0], *random  # (T, H, D), (H, T)
+            wholes, random = None, []
+            for call in calls:
+                inputs = (x[call.tokens] for x in (q, k, v))
+                out, lse, *state = call.forward(*inputs, *call.sizes)
+                wholes, random = put(wholes, (out, lse), call.tokens, len(q)), random + state
+            out, lse = wholes
+            out, lse = fold_sinks(out.transpose(0, 1)[None], lse.t()[None], sinks)
+            return out[0].transpose(0, 1), lse[0].t(), *random  # (T, H, D), (T, H)
 
         out, lse, *random = once(attend)
-        ctx.plan = plan
+        ctx.calls = calls
         ctx.save_for_backward(q, k, v, sinks, out, lse, *random)
         return out.view(shape)
 
@@ -344,33 +370,16 @@ class DocumentAttention(torch.autograd.Function):
                 "run forward and backward inside `with fast.plain():`"
             )
         q, k, v, sinks, out, lse, *random = ctx.saved_tensors
-        plan, B = ctx.plan, len(grad)
-        grad = grad.flatten(0, 1)
-        results = [torch.empty_like(x) for x in (q, k, v)] if plan.long else None
-        for start, length, size in plan.long:
-            inputs = (one_sequence(x, start, length, size) for x in (grad, q, k, v, out))
-            part = F.pad(lse[:, start : start + length], (0, size - length))[None, ..., None]
-            state = random.pop(0), random.pop(0), None, None, None, size, size, 0.0, True
-            for whole, dx in zip(results, cudnn_backward(*inputs, part, *state)):
-                whole[start : start + length] = dx[0, :, :length].transpose(0, 1)
-        if plan.ends is not None:
-            index = plan.index
-            inputs = (x if index is None else x[index] for x in (grad, q, k, v, out))
-            part = lse if index is None else lse[:, index]
-            lengths = plan.ends, plan.ends, plan.longest, plan.longest
-            found = torch.ops.aten._flash_attention_backward(
-                *inputs, part, *lengths, 0.0, True, *random
-            )
-            if index is None:
-                results = found
-            else:
-                for whole, dx in zip(results, found):
-                    whole[index] = dx
+        B, grad, grads = len(grad), grad.flatten(0, 1), None
+        for call in ctx.calls:
+            inputs = (x[call.tokens] for x in (grad, q, k, v, out, lse))
+            parts = call.backward(*inputs, random.pop(0), random.pop(0), *call.sizes)
+            grads = put(grads, parts, call.tokens, len(q))
         dsinks = None
         if ctx.needs_input_grad[3]:
             grad, out = (x.transpose(0, 1)[None] for x in (grad, out))
-            dsinks = sink_gradient(grad, out, lse[None], sinks)
-        return *(x.unflatten(0, (B, -1)) for x in results), dsinks, None
+            dsinks = sink_gradient(grad, out, lse.t()[None], sinks)
+        return *(x.unflatten(0, (B, -1)) for x in grads), dsinks, None
 
 
 SWITCHES.add("document_attention")
