@@ -143,27 +143,31 @@ def sink_gradient(grad, out, lse, sinks):
 
 
 def head_groups(size, K, most):
-    """In how many groups of the K key-value heads the backward of cuDNN's attention runs, for
-    `size` numbers in q, so that each needs `most` bytes.
-
-    Beside its results it needs the gradient of q in fp32, and in bf16 those of k and v for each
-    query head: 8 bytes for each number in q, 4 GiB at 128K tokens of the 20b."""
+    """In how many groups of the K key-value heads a backward of attention runs that works in `size`
+    bytes, so that each needs `most`."""
     divisors = (n for n in range(1, K + 1) if K % n == 0)
-    return next((n for n in divisors if 8 * size <= n * most), K)
+    return next((n for n in divisors if size <= n * most), K)
 
 
-def cudnn_backward(*inputs):
-    """(dq, dk, dv) of cuDNN's attention, in groups of heads if all together need too much."""
-    run = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
-    heads, rest = inputs[:6], inputs[6:]  # grad, q, k, v, out, lse
-    groups = head_groups(heads[1].numel(), heads[2].shape[1], fast.ATTENTION_BYTES)
+# Bytes that the backward works in for each number in q, beside its results: the gradient of q in
+# fp32 and, in bf16, those of k and v for each query head: 4 GiB at 128K tokens of the 20b.
+ON_CUDNN = 8
+# Packed documents add copies of the gradient, q and out of a document or of several, and their
+# results; measured: 8 to 16.
+OF_DOCUMENTS = 16
+
+
+def in_head_groups(run, per_number, *heads):
+    """run(grad, q, k, v, out, lse) -> (dq, dk, dv), of tensors with heads in dim 1: all at once, or
+    if that works in more than ATTENTION_BYTES in groups of heads."""
+    q, k = heads[1:3]
+    groups = head_groups(per_number * q.numel(), k.shape[1], fast.ATTENTION_BYTES)
     if groups == 1:
-        return run(*inputs)
+        return run(*heads)
     say(f"attention's backward: {groups} groups of heads, one after the other, to save memory")
     results = [torch.empty_like(x) for x in heads[1:4]]
-    split = zip(*(x.chunk(groups, dim=1) for x in (*results, *heads)))
-    for dq, dk, dv, *group, lse in split:
-        for whole, part in zip((dq, dk, dv), run(*group, lse.contiguous(), *rest)):
+    for parts in zip(*(x.chunk(groups, dim=1) for x in (*results, *heads))):
+        for whole, part in zip(parts[:3], run(*parts[3:])):
             whole.copy_(part)
     return results
 
@@ -204,7 +208,12 @@ class CudnnSinkAttention(torch.autograd.Function):
         q, k, v, sinks, out, lse, seed, offset = ctx.saved_tensors
         grad = grad.transpose(1, 2)
         rest = seed, offset, None, ctx.cum_q, ctx.cum_k, ctx.max_q, ctx.max_k, 0.0, True
-        dq, dk, dv = cudnn_backward(grad, q, k, v, out, lse, *rest)
+
+        def run(grad, q, k, v, out, lse):
+            op = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
+            return op(grad, q, k, v, out, lse.contiguous(), *rest)
+
+        dq, dk, dv = in_head_groups(run, ON_CUDNN, grad, q, k, v, out, lse)
         needs_sinks = ctx.needs_input_grad[3]
         dsinks = sink_gradient(grad, out, lse.view(out.shape[:3]), sinks) if needs_sinks else None
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), dsinks
@@ -288,7 +297,8 @@ def plan_documents(documents):
 
 def one_sequence(x, size):
     """x (n, heads, D) -> (1, heads, size, D): a document, padded with zeros, as cuDNN wants it."""
-    return F.pad(x.transpose(0, 1)[None], (0, 0, 0, size - len(x)))
+    missing, x = size - len(x), x.transpose(0, 1)[None]
+    return F.pad(x, (0, 0, 0, missing)) if missing else x  # F.pad copies in any case
 
 
 def on_cudnn(q, k, v, size):
@@ -306,9 +316,10 @@ def on_cudnn_backward(grad, q, k, v, out, lse, seed, offset, size):
     has a gradient of zero, and so has all that comes of it."""
     n = len(q)
     inputs = (one_sequence(x, size) for x in (grad, q, k, v, out))
-    lse = F.pad(lse.t(), (0, size - n))[None, ..., None]  # (1, H, size, 1)
+    lse = F.pad(lse.t(), (0, size - n)).contiguous()[None, ..., None]  # (1, H, size, 1)
     rest = seed, offset, None, None, None, size, size, 0.0, True
-    return [dx[0, :, :n].transpose(0, 1) for dx in cudnn_backward(*inputs, lse, *rest)]
+    op = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
+    return [dx[0, :, :n].transpose(0, 1) for dx in op(*inputs, lse, *rest)]
 
 
 def on_flash(q, k, v, ends, longest):
@@ -370,11 +381,17 @@ class DocumentAttention(torch.autograd.Function):
                 "run forward and backward inside `with fast.plain():`"
             )
         q, k, v, sinks, out, lse, *random = ctx.saved_tensors
-        B, grad, grads = len(grad), grad.flatten(0, 1), None
-        for call in ctx.calls:
-            inputs = (x[call.tokens] for x in (grad, q, k, v, out, lse))
-            parts = call.backward(*inputs, random.pop(0), random.pop(0), *call.sizes)
-            grads = put(grads, parts, call.tokens, len(q))
+        B, grad = len(grad), grad.flatten(0, 1)
+
+        def run(*heads):
+            grads = None
+            for number, call in enumerate(ctx.calls):
+                state = random[2 * number : 2 * number + 2]
+                parts = call.backward(*(x[call.tokens] for x in heads), *state, *call.sizes)
+                grads = put(grads, parts, call.tokens, len(grad))
+            return grads
+
+        grads = in_head_groups(run, OF_DOCUMENTS, grad, q, k, v, out, lse)
         dsinks = None
         if ctx.needs_input_grad[3]:
             grad, out = (x.transpose(0, 1)[None] for x in (grad, out))

@@ -158,7 +158,9 @@ class ReduceScatter:
             run = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
             return run(output_tensor, input_tensor, op, group, async_op)
         assert op == dist.ReduceOp.SUM and not async_op  # as train.build_model has FSDP ask for it
-        received = torch.empty_like(input_tensor)  # on FSDP's stream, which reuses it for each block
+        received = torch.empty_like(
+            input_tensor
+        )  # on FSDP's stream, which reuses it for each block
         dist.all_to_all_single(received, input_tensor, group=group)
         parts = received.view(dist.get_world_size(group), -1)
         torch.sum(parts, 0, out=output_tensor.view(-1))  # bf16 is added up in fp32, rounded once

@@ -318,16 +318,21 @@ def plain_flash(monkeypatch):
 LENGTHS = [[1, 9, 1, 4, 8], [23]], [[2, 5, 3, 5, 1, 7], [7, 5, 11]], [[23], [23]]
 
 
+@pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("long", [2, 6, 9, 100])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=["1 to 23", "1 to 11", "whole"])
-def test_document_attention(lengths, long, plain_cudnn, plain_flash, monkeypatch):
+def test_document_attention(lengths, long, groups, plain_cudnn, plain_flash, monkeypatch):
     """Each document on one kernel or the other, padded or not: outputs and gradients. Where memory
-    is short, the backward of a long one runs in groups of heads."""
+    is short, the backward runs in groups of heads."""
     monkeypatch.setattr(flash, "LONG", long)
-    monkeypatch.setattr(fast, "ATTENTION_BYTES", 1)
-    heads, backward = [], plain_cudnn.backward
-    run = "_scaled_dot_product_cudnn_attention_backward"
-    monkeypatch.setattr(torch.ops.aten, run, lambda *x: heads.append(x[1].shape[1]) or backward(*x))
+    monkeypatch.setattr(fast, "ATTENTION_BYTES", 16 * 2 * 6 * 23 * 4 / groups)
+    heads = []  # of each call of a kernel's backward, whose q is (..., heads, tokens or D, D)
+
+    def counted(kernel):
+        return lambda *x: heads.append(x[1].shape[-3 if x[1].dim() == 4 else -2]) or kernel(*x)
+
+    for name in "_scaled_dot_product_cudnn_attention_backward", "_flash_attention_backward":
+        monkeypatch.setattr(torch.ops.aten, name, counted(getattr(torch.ops.aten, name)))
     documents = torch.stack([packed(each, list(range(len(each)))) for each in lengths])
     plan = flash.plan_documents(documents)
     of = [n for each in lengths for n in each]
@@ -341,7 +346,7 @@ def test_document_attention(lengths, long, plain_cudnn, plain_flash, monkeypatch
     names = "q", "k", "v", "sinks"
     wanted = dict(zip(names, torch.autograd.grad(expected, inputs, grad)))
     assert_all_close(dict(zip(names, torch.autograd.grad(actual, inputs, grad))), wanted, 1e-6)
-    assert heads == 3 * len(on_cudnn) * [2]  # of 6 query heads and 3 key-value heads
+    assert heads == groups * len(plan) * [6 // groups]  # query heads; 3 key-value heads
 
 
 def test_padded_lengths():
