@@ -10,7 +10,7 @@ from itertools import accumulate
 import torch
 
 from fast import LOSS_TOKENS, tile_sizes
-from flash import head_groups
+from flash import OF_DOCUMENTS, head_groups
 from loop.memory import ahead
 from model import GPTOSS
 
@@ -151,7 +151,7 @@ def activations(
     config, experts, *, sp, seq_len, micro_batch, recompute, offload, keep_blocks=0, gpu_gib=0
 ):
     """[(bytes kept for the backward, bytes worked in)] of one rank, while each block runs its
-    backward, from the first to the last, and then in the loss; for one document per sequence.
+    backward, from the first to the last, and then in the loss.
 
     experts(choices, tiled): bytes that the experts' backward works in, for `choices` pairs of a
     token and an expert at a time: all there are, or a tile's. gpu_gib: GiB of the GPU, by which
@@ -183,14 +183,16 @@ def activations(
         return whole if i >= first_whole else given * (not offload) + stored(i)
 
     def attention(i):
-        """Gradients of q, k, v and the output, and what cuDNN works in (flash.head_groups). Gone by
-        then: x after attention and its norm, and the second output."""
+        """Gradients of q, k, v and the output, and what the kernels work in, for packed documents,
+        which need more (flash.in_head_groups). Gone by then: x after attention and its norm, and
+        the second output."""
         results = 2 * tokens * (qkv + (2 - outs(i)) * heads) - given
         if config.window(i):
             return results
         kv_heads = max(config.num_key_value_heads, sp) // sp
-        groups = head_groups(tokens * heads, kv_heads, workspace)
-        return results + (8 * tokens * heads + 2 * tokens * qkv * (groups > 1)) // groups
+        working = OF_DOCUMENTS * tokens * heads
+        groups = head_groups(working, kv_heads, workspace)
+        return results + (working + 2 * tokens * qkv * (groups > 1)) // groups
 
     def backward(i):  # of the experts, with the gradients of their input and output; then attention
         of_experts = experts(choices, tiled) + 2 * given
