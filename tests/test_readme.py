@@ -47,7 +47,9 @@ STAND_INS = {  # a command of the README: what is added to it here; None: it doe
     "python convert_hf.py --export runs/gptoss_64k --out my-model": "",
     'python -m bench --inspect runs/gptoss_64k "Why is the sky blue?"': "",
     "python convert_hf.py openai/gpt-oss-20b --packed": "",
-    "python train.py configs/gptoss_lora.py": "--seq_len=64 --steps=2",
+    "python data.py chats.jsonl --out data/chats": "--tokenizer=bytes",
+    "python train.py configs/gptoss_lora.py --data=data/chats --epochs=2": "--seq_len=1024",
+    "python sample.py runs/gptoss_lora": "Hi --max_tokens=3",  # with a prompt it ends by itself
     "python convert_hf.py --export runs/gptoss_lora --out my-adapters --adapter": "",
     "python -m bench --against=transformers": "--rows=16 --layers=1",
     "python -m bench --rehearse=8 --gpu_gib=79.2": "--rows=16x16",
@@ -104,6 +106,7 @@ def home(tmp_path, monkeypatch):
     chat = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
     texts = [{"text": f"{number} is a number. " * 9} for number in range(60)]
     Path("corpus.jsonl").write_text("\n".join(map(json.dumps, [*texts, chat])))
+    Path("chats.jsonl").write_text("\n".join(map(json.dumps, [chat] * 60)))
     shutil.copytree(ROOT / "configs", "configs")
     return tmp_path
 
