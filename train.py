@@ -201,12 +201,13 @@ def scale_gradients_(model, factor):
     torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], factor)
 
 
-def skip_update(options, model, at, loss, norm, log):
+def skip_update(options, model, at, loss, norm, log, states):
     """Count and report a step without an update. FloatingPointError after BAD_STEPS in a row."""
     at.skipped += 1
     many = f"update skipped, {at.skipped} in a row"
     log.say(f"step {at.step}: loss {loss}, gradient norm {norm}: {many}")
     if at.skipped == BAD_STEPS:
+        states.wait()  # what is still being written may be the last good state
         raise FloatingPointError(describe_bad_step(model, at, options))
 
 
@@ -317,7 +318,7 @@ def train(options):
             optimizer.step()
             at.updates, at.skipped = at.updates + 1, 0
         else:
-            skip_update(options, model, at, loss, norm, log)
+            skip_update(options, model, at, loss, norm, log, states)
         optimizer.zero_grad()
         at.step += 1
 

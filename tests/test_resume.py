@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -197,13 +199,18 @@ def test_damaged_states_do_not_count(home):
 
 
 def no_finite_loss_from_step_4(rank):
-    good, calls = GPTOSS.forward, []
+    """And the last state takes longer to write than the steps that follow."""
+    good, calls, publish = GPTOSS.forward, [], States._publish
 
     def forward(self, *args, **kwargs):
         calls.append(1)
         return good(self, *args, **kwargs) * (1 if len(calls) <= 4 * 2 else float("nan"))
 
-    GPTOSS.forward = forward
+    def publish_late(self, written, work, numbers):
+        time.sleep(2 * (numbers["step"] == 8))
+        return publish(self, written, work, numbers)
+
+    GPTOSS.forward, States._publish = forward, publish_late
 
 
 def test_states_saved_while_updates_are_skipped_do_not_count(home):
@@ -434,11 +441,11 @@ def test_others_may_read_what_they_may_list(home, printed):
 
 
 class StopInStep3:
-    steps = 0
+    steps = 0  # in which the loop has asked; the thread of Watch asks, too
 
     @property
     def asked(self):
-        StopInStep3.steps += 1
+        StopInStep3.steps += threading.current_thread() is threading.main_thread()
         return StopInStep3.steps == 3
 
 
