@@ -182,7 +182,8 @@ def random_corpus(folder, tokens, vocab_size):
 
 
 def data_of(options, config, folder):
-    """The name of a corpus to rehearse with, and words about it: options.data, if it can serve."""
+    """The name of a corpus to rehearse with, and words about it: options.data, if it can serve. No
+    corpus has the name "random"; bench asks for it."""
     try:
         data = TokenData(options.data, options.seq_len, vocab_size=config.vocab_size)
         if data.sequences_per_epoch >= options.batch_size:
@@ -193,6 +194,8 @@ def data_of(options, config, folder):
     random = random_corpus(
         folder / "data", [options.seq_len] * options.batch_size, config.vocab_size
     )
+    if options.data == "random":
+        return str(random), "random"
     return str(random), f"random, because data={options.data} cannot serve: {reason}"
 
 

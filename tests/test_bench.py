@@ -575,6 +575,7 @@ def test_profile_of_a_rehearsed_step(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = "--rehearse=4", "--profile", "--rows=8x32", "--layers=1", "--optimizer=split"
     printed, results = run(*arguments, name="rehearse")
+    assert "tokens: random\n" in printed
     (row,) = results["rows"]
     parts = {profiling.GATHER, profiling.PLACE, profiling.REDUCE, profiling.CLIP}
     parts |= {profiling.OPTIMIZER, profiling.EXPERTS, profiling.ATTENTION, profiling.LOSS}
