@@ -132,6 +132,10 @@ class ReduceScatter:
     then makes the bf16 copy that is kept in its own stream's memory: on eight ranks 9 GiB lay
     reserved and unused.)
 
+    What a rank receives is in memory of FSDP's stream, which can have it for the next block at
+    once. Memory of the computing stream is free only after an event, and the CPU, which runs ahead,
+    asks for more meanwhile: a GPU ran full, docs/LOG.md, 2026-11-26.
+
     For FSDPModule.set_custom_reduce_scatter; create it on the computing stream. FSDP's stream has
     just waited for that stream when it allocates, so memory that the computation freed is free. But
     torch.empty must not launch a kernel there, as it does with deterministic algorithms unless
@@ -158,9 +162,7 @@ class ReduceScatter:
             run = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
             return run(output_tensor, input_tensor, op, group, async_op)
         assert op == dist.ReduceOp.SUM and not async_op  # as train.build_model has FSDP ask for it
-        received = torch.empty_like(
-            input_tensor
-        )  # on FSDP's stream, which reuses it for each block
+        received = torch.empty_like(input_tensor)  # not by allocate: see above
         dist.all_to_all_single(received, input_tensor, group=group)
         parts = received.view(dist.get_world_size(group), -1)
         torch.sum(parts, 0, out=output_tensor.view(-1))  # bf16 is added up in fp32, rounded once

@@ -233,7 +233,7 @@ def test_bf16_sums_are_as_exact_as_fp32_ones(ranks, optimizer):
 
 def reduced_into_gradients(optimizer):
     """For each of three micro-batches, of which the third follows an update: what ReduceScatter
-    answered when it was asked whether its sums become the gradients."""
+    answered when FSDP asked it for memory, whether its sums become the gradients."""
     config, ranks = tiny_config(hidden_size=24, intermediate_size=16), dist.get_world_size()
     options = Options(**dataclasses.asdict(config), batch_size=ranks, optimizer=optimizer)
     mesh = init_device_mesh("cpu", (1, ranks), mesh_dim_names=("replica", "shard"))
@@ -241,7 +241,7 @@ def reduced_into_gradients(optimizer):
     answers = []
 
     def allocate(self, *args, **kwargs):
-        answers[-1].add(self.makes_the_gradient())
+        answers[-1].append(self.makes_the_gradient())
         return original(self, *args, **kwargs)
 
     original = loop.ReduceScatter.allocate
@@ -250,16 +250,17 @@ def reduced_into_gradients(optimizer):
         for follows_an_update in (False, False, True):
             if follows_an_update:
                 model.zero_grad()
-            answers.append(set())
+            answers.append([])
             model(*batch(config, 1, 16)).backward()
     return answers
 
 
 @pytest.mark.parametrize("ranks, optimizer", SUMS)
 def test_whose_memory_gradients_take(ranks, optimizer):
-    """What becomes a gradient takes the computation's memory; what is added to one, FSDP's own."""
+    """What becomes a gradient takes the computation's memory; what is added to one, FSDP's own. In
+    each of the four modules that is what is sent and the sums, but not what is received."""
     for answers in run_ranks(ranks, reduced_into_gradients, optimizer):
-        assert answers == [{True}, {False}, {True}]
+        assert answers == [8 * [True], 8 * [False], 8 * [True]]
 
 
 # --------------------------------------------------------------------------------------------------
