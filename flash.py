@@ -152,16 +152,15 @@ def head_groups(size, K, most):
 # Bytes that the backward works in for each number in q, beside its results: the gradient of q in
 # fp32 and, in bf16, those of k and v for each query head: 4 GiB at 128K tokens of the 20b.
 ON_CUDNN = 8
-# Packed documents add copies of the gradient, q and out of a document or of several, and their
-# results; measured: 8 to 16.
+# Packed documents add copies of all inputs and results of a document or of several: at most 16 were
+# measured.
 OF_DOCUMENTS = 16
 
 
-def in_head_groups(run, per_number, *heads):
+def in_head_groups(run, size, *heads):
     """run(grad, q, k, v, out, lse) -> (dq, dk, dv), of tensors with heads in dim 1: all at once, or
-    if that works in more than ATTENTION_BYTES in groups of heads."""
-    q, k = heads[1:3]
-    groups = head_groups(per_number * q.numel(), k.shape[1], fast.ATTENTION_BYTES)
+    in groups of heads if it works in `size` bytes and those are more than ATTENTION_BYTES."""
+    groups = head_groups(size, heads[2].shape[1], fast.ATTENTION_BYTES)
     if groups == 1:
         return run(*heads)
     say(f"attention's backward: {groups} groups of heads, one after the other, to save memory")
@@ -213,7 +212,7 @@ class CudnnSinkAttention(torch.autograd.Function):
             op = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
             return op(grad, q, k, v, out, lse.contiguous(), *rest)
 
-        dq, dk, dv = in_head_groups(run, ON_CUDNN, grad, q, k, v, out, lse)
+        dq, dk, dv = in_head_groups(run, ON_CUDNN * q.numel(), grad, q, k, v, out, lse)
         needs_sinks = ctx.needs_input_grad[3]
         dsinks = sink_gradient(grad, out, lse.view(out.shape[:3]), sinks) if needs_sinks else None
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), dsinks
@@ -234,19 +233,23 @@ def cudnn_refuses(device, dtype, head_dim):
     return _cudnn_fails(device, dtype, head_dim)
 
 
-@functools.cache
-def _cudnn_fails(device, dtype, head_dim):
-    """The error of a small trial run, or None: the only sure test of GPU, driver and version."""
+def error_of(attention, device, dtype, head_dim):
+    """The error of a small trial run of attention(q, k, v, sinks), or None: the only sure test of
+    GPU, driver and version."""
     try:
         options = {"device": device, "dtype": dtype, "requires_grad": True}
         q, k, v = (torch.randn(1, 128, heads, head_dim, **options) for heads in (2, 1, 1))
         with torch.enable_grad():
-            sinks = torch.zeros(2, **options)
-            CudnnSinkAttention.apply(q, k, v, sinks).sum().backward()
+            attention(q, k, v, torch.zeros(2, **options)).sum().backward()
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, AttributeError) as error:
         return f"it fails here: {str(error).splitlines()[0]}"
+
+
+@functools.cache
+def _cudnn_fails(device, dtype, head_dim):
+    return error_of(CudnnSinkAttention.apply, device, dtype, head_dim)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -297,8 +300,8 @@ def plan_documents(documents):
 
 def one_sequence(x, size):
     """x (n, heads, D) -> (1, heads, size, D): a document, padded with zeros, as cuDNN wants it."""
-    missing, x = size - len(x), x.transpose(0, 1)[None]
-    return F.pad(x, (0, 0, 0, missing)) if missing else x  # F.pad copies in any case
+    missing, x = size - len(x), x[None].transpose(1, 2)  # strides as in CudnnSinkAttention
+    return F.pad(x, (0, 0, 0, missing)) if missing else x  # F.pad copies even to add nothing
 
 
 def on_cudnn(q, k, v, size):
@@ -335,6 +338,13 @@ def on_flash_backward(grad, q, k, v, out, lse, state, unused, ends, longest):
     rest = ends, ends, longest, longest, 0.0, True, state, unused
     lse = lse.t().contiguous()  # (H, n)
     return torch.ops.aten._flash_attention_backward(grad, q, k, v, out, lse, *rest)
+
+
+def backward_bytes(calls, q):
+    """Bytes that the backward of these Calls works in, for q (T, H, D). FlashAttention's has dq of
+    128 tokens more for each document, in fp32: for short ones that is more than all the rest."""
+    documents = sum(len(call.sizes[0]) - 1 for call in calls if call.backward is on_flash_backward)
+    return OF_DOCUMENTS * q.numel() + 4 * 128 * documents * q[0].numel()
 
 
 def put(wholes, parts, tokens, T):
@@ -388,10 +398,10 @@ class DocumentAttention(torch.autograd.Function):
             for number, call in enumerate(ctx.calls):
                 state = random[2 * number : 2 * number + 2]
                 parts = call.backward(*(x[call.tokens] for x in heads), *state, *call.sizes)
-                grads = put(grads, parts, call.tokens, len(grad))
+                grads = put(grads, parts, call.tokens, len(q))
             return grads
 
-        grads = in_head_groups(run, OF_DOCUMENTS, grad, q, k, v, out, lse)
+        grads = in_head_groups(run, backward_bytes(ctx.calls, q), grad, q, k, v, out, lse)
         dsinks = None
         if ctx.needs_input_grad[3]:
             grad, out = (x.transpose(0, 1)[None] for x in (grad, out))
@@ -415,15 +425,6 @@ def documents_refused(device, dtype, head_dim):
 
 @functools.cache
 def _flash_fails(device, dtype, head_dim):
-    """The error of a small trial run of FlashAttention, or None."""
-    try:
-        options = {"device": device, "dtype": dtype, "requires_grad": True}
-        q, k, v = (torch.randn(1, 128, heads, head_dim, **options) for heads in (2, 1, 1))
-        documents = torch.arange(128, device=device)[None] // 64
-        with torch.enable_grad():
-            sinks = torch.zeros(2, **options)
-            DocumentAttention.apply(q, k, v, sinks, plan_documents(documents)).sum().backward()
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, AttributeError) as error:
-        return f"it fails here: {str(error).splitlines()[0]}"
+    plan = plan_documents(torch.arange(128, device=device)[None] // 64)
+    attention = functools.partial(document_attention, plan=plan)
+    return error_of(attention, device, dtype, head_dim)
