@@ -321,6 +321,7 @@ def test_document_attention(lengths, long, groups, plain_cudnn, plain_flash, mon
     plan = flash.plan_documents(documents)
     on_cudnn = [call.tokens for call in plan if call.forward is flash.on_cudnn]
     assert [each.stop - each.start for each in on_cudnn] == [n for n in of if n >= long]
+    assert on_cudnn or [call.tokens for call in plan] == [slice(None)], "all: nothing is gathered"
     inputs, grad = attention_inputs()
     expected = dense_attention(*inputs, documents=documents)
     actual = flash.document_attention(*inputs, plan=plan)

@@ -260,6 +260,23 @@ def test_replicas_wait_for_each_other():
         assert two - gathered(8, kind, micro_batches=micro_batches) == more
 
 
+def test_attention_works_in_groups_of_heads(monkeypatch):
+    """A full layer's, at most in a group for each key-value head that a rank has. A window's layer
+    needs all but what it works in."""
+    config, S = tiny_config(num_hidden_layers=4), 3 * 2**10
+
+    def working(workspace, sp=1):
+        monkeypatch.setattr(budget, "tile_sizes", lambda gib: (math.inf, workspace))
+        run = {"sp": sp, "seq_len": S, "micro_batch": 1, "recompute": "all", "offload": False}
+        window, full, *_ = budget.activations(config, lambda *_: 0, **run)
+        return full[1] - window[1]
+
+    together, results = 16 * S * 6 * 8, 2 * S * (6 + 3 + 3) * 8
+    assert working(together) == together
+    assert working(together - 1) == working(1) == (together + results) // 3
+    assert working(1, sp=3) == together // 3, "one key-value head"
+
+
 def test_longer_sequences_need_more_of_what_they_fill():
     short, long = needs(seq_len=2**20), needs(seq_len=2**21)
     assert {what for what in short if long[what] > short[what]} == {KEPT, "working set"}
