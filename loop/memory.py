@@ -133,7 +133,7 @@ class ReduceScatter:
     reserved and unused.)
 
     What a rank receives is in memory of FSDP's stream, which can have it for the next block at
-    once. Memory of the computing stream is free only after an event, and the CPU, which runs ahead,
+    once. What both streams have used is free only after an event, and the CPU, which runs ahead,
     asks for more meanwhile: a GPU ran full, docs/LOG.md, 2026-11-26.
 
     For FSDPModule.set_custom_reduce_scatter; create it on the computing stream. FSDP's stream has
