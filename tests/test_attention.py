@@ -297,19 +297,21 @@ def plain_flash(monkeypatch):
     return op
 
 
-LENGTHS = [[1, 9, 1, 4, 8], [23]], [[2, 5, 3, 5, 1, 7], [7, 5, 11]], [[23], [23]]
+LENGTHS = [[1, 9, 1, 4, 8], [23]], [[2, 5, 3, 5, 1, 7], [7, 5, 11]], [[23], [23]], [[23]]
 
 
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("long", [2, 6, 9, 100])
-@pytest.mark.parametrize("lengths", LENGTHS, ids=["1 to 23", "1 to 11", "whole"])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=["1 to 23", "1 to 11", "whole", "one"])
 def test_document_attention(lengths, long, groups, plain_cudnn, plain_flash, monkeypatch):
     """Each document on one kernel or the other, padded or not: outputs and gradients. A byte short
     of what it works in, the backward runs in groups of heads."""
     monkeypatch.setattr(flash, "LONG", long)
     of = [n for each in lengths for n in each]
     padding = 4 * 128 * 6 * 4 * sum(n < long for n in of)  # FlashAttention's, in fp32
-    monkeypatch.setattr(fast, "ATTENTION_BYTES", 16 * Q + padding - (groups > 1))
+    inputs, grad = attention_inputs(B=len(lengths))
+    size = 16 * inputs[0].numel() + padding
+    monkeypatch.setattr(fast, "ATTENTION_BYTES", size - (groups > 1))
     heads = []  # of each call of a kernel's backward, whose q is (..., heads, tokens or D, D)
 
     def counted(kernel):
@@ -322,7 +324,6 @@ def test_document_attention(lengths, long, groups, plain_cudnn, plain_flash, mon
     on_cudnn = [call.tokens for call in plan if call.forward is flash.on_cudnn]
     assert [each.stop - each.start for each in on_cudnn] == [n for n in of if n >= long]
     assert on_cudnn or [call.tokens for call in plan] == [slice(None)], "all: nothing is gathered"
-    inputs, grad = attention_inputs()
     expected = dense_attention(*inputs, documents=documents)
     actual = flash.document_attention(*inputs, plan=plan)
     assert plain_flash.calls == [[n for n in of if n < long]] * (min(of) < long)
