@@ -189,9 +189,13 @@ def describe(config, settings):
     sequences = settings["micro_batches"] * settings["micro_batch"] / settings["sp"]
     speed = sequences * settings["seq_len"] / time
     return (
-        f"{written}\n{'':8}{peak(config, settings) / GIB:.1f} GiB on each of {ranks} GPUs, about "
+        f"{written}\n{'':8}{peak(config, settings) / GIB:.1f} GiB on {gpus(ranks)}, about "
         f"{time:.1f} s a step on H100s ({speed:,.0f} tok/s per GPU)"
     )
+
+
+def gpus(ranks):
+    return "one GPU" if ranks == 1 else f"each of {ranks} GPUs"
 
 
 def verdict(options, config, settings, gpu_gib):
@@ -240,7 +244,7 @@ def dry_run(options, build_optimizer=None):
     for what, size in needs(config, settings).items():
         print(f"{size / GIB:8.1f} GiB  {what}")
     total = peak(config, settings) / GIB
-    print(f"{total:8.1f} GiB  peak of each of {ranks} GPUs, without what CUDA and NCCL take")
+    print(f"{total:8.1f} GiB  peak of {gpus(ranks)}, without what CUDA and NCCL take")
     if options.offload:  # the last block's output goes there, too
         hidden = options.micro_batch * options.seq_len // options.sp * config.hidden_size * 2
         host = hidden * (config.num_hidden_layers + 1) / GIB

@@ -117,7 +117,7 @@ def lines(gpu_gib, *arguments, config="configs/gptoss_64k.py"):
 
 
 def peaks_of(text):
-    return [float(gib) for gib in re.findall(r"([\d.]+) GiB on each", "\n".join(text))]
+    return [float(gib) for gib in re.findall(r"([\d.]+) GiB on (?:each|one)", "\n".join(text))]
 
 
 def test_verdict_of_a_run_that_fits():
