@@ -15,8 +15,9 @@ changed by the factor 1 +- CLIP. The paper's penalty for leaving the first model
 The ranks of a sequence-parallel group train on slices of each answer; each rank draws its answers
 alone. Old and new log probabilities take the same routes, so their ratio starts at exactly 1.
 
-The tiny model starts where it knows how an answer looks, and seldom the right one. Its first layer
-stays as it is: a token that goes to another expert there can undo every answer.
+The tiny model starts where it knows how an answer looks, and often not the right one: how often,
+rounding decides, and so the machine (docs/benchmarks.md). Its first layer stays as it is: a token
+that goes to another expert there can undo every answer.
 
 `questions` and `reward` are yours to replace. Options are train.py's, but those about data and
 saved states do nothing here. The real model, on eight GPUs:

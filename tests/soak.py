@@ -35,7 +35,9 @@ def steady(home, seconds):
     """The run that is left alone. Returns its resident memory in the first and in the last third of
     the time, in bytes."""
     run = Run(home, *OPTIONS, "--save_every=20", "--name=steady", ranks=2)
-    run.wait_for_step(59)  # evaluated, drawn and saved three times: all that is imported is there
+    # evaluated, drawn and saved twenty times: all that is imported is there, and the allocator,
+    # which takes more for some 350 steps, has settled
+    run.wait_for(r"step +399 \|", timeout=300)
     deadline, sizes = time.monotonic() + seconds, []
     while time.monotonic() < deadline:
         sizes.append(max(map(resident, run.processes)))
@@ -80,9 +82,8 @@ def soak(home, seconds, seed=0):
     undisturbed, disturbed = losses(home, "steady"), losses(home, "killed")
     common = min(len(undisturbed), len(disturbed))
     assert undisturbed[:common] == disturbed[:common], "the losses differ"
-    # the allocator settles within some 350 steps, for which a slow machine takes half a minute
     memory = f"{early / 2**20:.1f} MiB early and {late / 2**20:.1f} MiB late"
-    assert late < early * 1.02 + 24 * 2**20, f"memory grew: {memory}"
+    assert late < early * 1.02 + 2**20, f"memory grew: {memory}"
     for name, every in (("steady", 20), ("killed", 5)):
         files = {path.name for path in (home / "runs" / name).iterdir()}
         files -= {"loss.png"}  # which only matplotlib draws

@@ -137,7 +137,10 @@ def gib(config, **run):
     return sum(estimate(config, parameters=count_parameters(config), **run).values()) / budget.GIB
 
 
-@pytest.mark.parametrize("run, measured", MEASURED.items(), ids=str)
+MILLION = (8, 24, 1024, 8, 1, 1, "fp32", "all", 0, True), 67.9  # on an H100, 2026-11-25
+
+
+@pytest.mark.parametrize("run, measured", [*MEASURED.items(), MILLION], ids=str)
 def test_the_estimate_is_within_3_percent_of_what_was_measured(run, measured, monkeypatch):
     ranks, layers, k, sp, micro_batch, number, optimizer, recompute, keep_blocks, offload = run
     if layers == 4:  # then attention's backward took all heads at once, and all came back early

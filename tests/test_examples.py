@@ -406,18 +406,21 @@ def test_the_readme_has_its_last_command():
 
 @pytest.mark.slow
 def test_the_commands_of_grpo(tmp_path):
-    """From random weights to a model that answers better: the commands of the docstring. Rewards
-    come a third nearer to 1, from wherever they start: rounding decides how much the model knows
-    then, 0.26 on one machine and 0.68 on another (docs/benchmarks.md)."""
+    """From random weights to a model that answers better: the commands of the docstring. On the
+    questions that are learned rewards come a third nearer to 1; on those kept aside they rise by
+    0.2, or to 0.6 where rounding has made a model that starts higher (docs/benchmarks.md)."""
     for path in ROOT.iterdir():
         if path.name not in ("runs", "data"):
             (tmp_path / path.name).symlink_to(path)
     path = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     for command in commands_of_grpo():
         subprocess.run(command, shell=True, check=True, cwd=tmp_path, env=runs.NO_GPU | path)
-    rewards = rewards_of(tmp_path / "runs/grpo/metrics.jsonl", "reward")
-    first, last = statistics.mean(rewards[:2]), statistics.mean(rewards[-4:])
-    assert 1 - last <= (1 - first) * 2 / 3, rewards
+    learned, aside = (
+        rewards_of(tmp_path / "runs/grpo/metrics.jsonl", kind) for kind in ("reward", "aside")
+    )
+    first, last = statistics.mean(learned[:2]), statistics.mean(learned[-4:])
+    assert 1 - last <= (1 - first) * 2 / 3, learned
+    assert aside[-1] >= min(aside[0] + 0.2, 0.6), aside
     assert (tmp_path / "runs/grpo/model/adapters.json").exists()
 
 
