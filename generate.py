@@ -131,10 +131,10 @@ def is_sharded(module):
 def forward(model, tokens, positions, attend):
     """tokens (B, S) at positions (S) -> (B, S, C), as GPTOSS.features, with the attention of each
     layer attend(layer, q, k, v, sinks)."""
-    x = model.embedding(tokens)
+    # .forward, because FSDP would gather the weights of a module that is called, and free them
+    x = model.embedding.forward(tokens)
     cos, sin = rope_tables(model.config, positions)
     for layer, block in enumerate(model.blocks):
-        # .forward, because FSDP would gather the weights of a block that is called, and free them
         x = block.forward(x, cos, sin, functools.partial(attend, layer))
     return model.norm(x)
 

