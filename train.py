@@ -161,6 +161,7 @@ def build_model(options, config, device, mesh, dtype):
             module.set_custom_reduce_scatter(ReduceScatter(module, device, summed))
     for module in alone:
         module.set_unshard_in_backward(False)  # its gradient does not depend on its weights
+    model.blocks[-1].set_reshard_after_forward(False)  # the backward begins with it
     for method in ("logprobs", "routes"):  # FSDP gathers weights for forward() alone
         register_fsdp_forward_method(model, method)
     model.to_empty(device=device)

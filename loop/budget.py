@@ -286,12 +286,14 @@ def sent_bytes(
     shards, L = ranks // replicas, config.num_hidden_layers
     ends = 2 * config.vocab_size * config.hidden_size + config.hidden_size
     sent = sent_size(ranks, replicas, optimizer)
-    # weights are gathered for the forward and again for the backward, those outside of blocks once
-    gathered = 2 * (2 * (parameters - ends) + ends)
+    # weights are gathered for the forward and again for the backward, but once for both those of
+    # the last block and those outside of blocks
+    gathered = 2 * ((parameters - ends) * (2 * L - 1) // L + ends)
     if adapters:  # `parameters` are theirs, and frozen weights are gathered only if they are shared
         trained = len(adapters["ends"]) * config.vocab_size * config.hidden_size
-        gathered = 2 * (2 * (parameters - trained) + trained)
-        gathered += adapters["shared"] * (2 * adapters["frozen"] - 2 * (ends - trained))
+        gathered = 2 * ((parameters - trained) * (2 * L - 1) // L + trained)
+        in_blocks = adapters["frozen"] - 2 * (ends - trained)
+        gathered += adapters["shared"] * (in_blocks * (2 * L - 1) // L + 2 * (ends - trained))
     # all-to-all: q, k, v and out, in the forward, its replay and the backward
     heads, qkv = widths(config, sp)
     replayed = 0 if recompute == "none" else max(L - keep_blocks, 0)
