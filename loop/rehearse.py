@@ -5,6 +5,7 @@ rank's shards; kernels, memory and offload are real. `StandIn` takes the place o
 a collective is a local copy of all bytes that this rank would receive. Under torchrun the ranks are
 real, and the same steps are measured with communication."""
 
+import functools
 import gc
 import json
 import os
@@ -39,9 +40,14 @@ LONG = 256 * 1024  # tokens in a sequence beyond which one step is timed
 
 
 class Done(dist.distributed_c10d.Work):
-    """What a collective returns: its copies are queued on the current stream, like any kernel."""
+    """What a collective returns. Its copies are queued on a stream of their own, as NCCL's work is:
+    waiting makes the current stream wait."""
+
+    copied = None  # an event, on a GPU
 
     def wait(self, timeout=None):
+        if self.copied:
+            torch.cuda.current_stream().wait_event(self.copied)
         return True
 
     def is_completed(self):
@@ -70,53 +76,58 @@ class StandIn(dist.ProcessGroup):
 
     @contextmanager
     def call(self, kind, sent):
-        """Record a collective whose copies are made inside the context."""
-        events = None
+        """Record a collective whose copies are made inside the context. Yields what it returns."""
+        done, stream, events = Done(), None, None
         if torch.cuda.is_available():
+            stream = stand_in_stream()
+            stream.wait_stream(torch.cuda.current_stream())
             events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            events[0].record()
-        yield
-        if events:
-            events[1].record()
+        with torch.cuda.stream(stream):
+            if events:
+                events[0].record()
+            yield done
+            if events:
+                events[1].record()
+                done.copied = events[1]
         StandIn.calls.append((kind, sent, events))
 
     def all_gather_single(self, output, shard, opts=None):
         """output (n s), shard (s): rank r's shard is this one, shifted by 3 r numbers."""
-        with self.call("all_gather", (self.ranks - 1) * shard.nbytes):
+        with self.call("all_gather", (self.ranks - 1) * shard.nbytes) as done:
             shard = shard.flatten()
             for r, part in enumerate(output.view(self.ranks, -1)):
                 shift = 3 * r % max(len(shard), 1)
                 part[shift:].copy_(shard[: len(shard) - shift])
                 part[:shift].copy_(shard[len(shard) - shift :])
-        return Done()
+        return done
 
     def reduce_scatter_single(self, output, whole, opts=None):
         """output (s), whole (n s): its n parts are summed, as if each came from another rank."""
-        with self.call("reduce_scatter", whole.nbytes - output.nbytes):
+        with self.call("reduce_scatter", whole.nbytes - output.nbytes) as done:
             torch.sum(whole.view(self.ranks, -1), 0, out=output.view(-1))
-        return Done()
+        return done
 
     def all_to_all_single(self, output, given, output_sizes, input_sizes, opts=None):
         """Integers number the documents of this rank's slice of a sequence: those of the others'
         slices get numbers of their own. Outside of sp's group an all-to-all is half of a
         reduce-scatter, see memory.ReduceScatter, and counted as one."""
         kind = "all_to_all" if self is sp.group() else "reduce_scatter"
-        with self.call(kind, given.nbytes - given.nbytes // self.ranks):
+        with self.call(kind, given.nbytes - given.nbytes // self.ranks) as done:
             output.copy_(given.view_as(output))
             if not output.is_floating_point() and output.numel():
                 blocks = output.view(self.ranks, -1)
                 blocks += torch.arange(self.ranks, device=output.device)[:, None] * (
                     given.max() + 1
                 )
-        return Done()
+        return done
 
     def allreduce(self, tensors, opts):
         sent = sum(t.nbytes for t in tensors)
-        with self.call("all_reduce", 2 * (sent - sent // self.ranks)):
+        with self.call("all_reduce", 2 * (sent - sent // self.ranks)) as done:
             if opts.reduceOp == dist.ReduceOp.SUM:
                 for t in tensors:
                     t.mul_(self.ranks)
-        return Done()
+        return done
 
     def broadcast(self, tensors, opts):
         return Done()
@@ -128,6 +139,11 @@ class StandIn(dist.ProcessGroup):
     _allgather_base = all_gather_single
     _reduce_scatter_base = reduce_scatter_single
     alltoall_base = all_to_all_single
+
+
+@functools.cache
+def stand_in_stream():
+    return torch.cuda.Stream()
 
 
 @contextmanager

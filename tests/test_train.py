@@ -258,9 +258,42 @@ def reduced_into_gradients(optimizer):
 @pytest.mark.parametrize("ranks, optimizer", SUMS)
 def test_whose_memory_gradients_take(ranks, optimizer):
     """What becomes a gradient takes the computation's memory; what is added to one, FSDP's own. In
-    each of the four modules that is what is sent and the sums, but not what is received."""
+    each of the five modules that is what is sent and the sums, but not what is received."""
     for answers in run_ranks(ranks, reduced_into_gradients, optimizer):
-        assert answers == [8 * [True], 8 * [False], 8 * [True]]
+        assert answers == [10 * [True], 10 * [False], 10 * [True]]
+
+
+def gathered_and_computed():
+    """What a step of a model of three blocks does, in order: "gather" for a gather of weights, or
+    "wait" if it is waited for at once, and the name of a module whose forward or replay begins."""
+    config, ranks, done = tiny_config(num_hidden_layers=3), dist.get_world_size(), []
+    options = Options(**dataclasses.asdict(config), batch_size=ranks)
+    mesh = init_device_mesh("cpu", (1, ranks), mesh_dim_names=("replica", "shard"))
+    model = loop.build_model(options, config, torch.device("cpu"), mesh, torch.float32)
+    for name, module in [("embedding", model.embedding), *enumerate(model.blocks)]:
+        module.register_forward_pre_hook(lambda *_, name=name: done.append(str(name)))
+    name = "all_gather_single"  # since PyTorch 2.13
+    name = name if hasattr(dist.ProcessGroup, name) else "_allgather_base"
+    original = getattr(dist.ProcessGroup, name)
+
+    def gather(self, output, shard, options):
+        done.append("gather" if options.asyncOp else "wait")
+        return original(self, output, shard, options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist.ProcessGroup, name, gather)
+        loss = model(*batch(config, 1, 16))
+        done.append("backward")
+        loss.backward()
+    return done
+
+
+def test_weights_are_gathered_ahead():
+    """A block's while the module before it computes, in the backward while the one after it does;
+    there neither the embedding's nor the last block's."""
+    forward = "gather gather gather embedding gather 0 gather 1 2"
+    for done in run_ranks(2, gathered_and_computed):
+        assert " ".join(done) == f"{forward} backward gather 2 gather 1 0"
 
 
 # --------------------------------------------------------------------------------------------------
