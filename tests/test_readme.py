@@ -236,6 +236,10 @@ def test_figures_are_from_the_benchmarks():
                 speed = f"{row['tokens_per_second']:,.0f}"
                 assert f"| {speed} |" in benchmarks, row
                 assert speed in text or name in ("train", "documents"), row
+    for name in "generate", "generate-h200":
+        for row in json.loads((ROOT / f"docs/results/{name}.json").read_text())["rows"]:
+            rate = f"{row['rate']:,.{row['rate'] < 100:d}f}"
+            assert f" {row['ms']:.2f} ms |" in benchmarks and f" {rate} |" in benchmarks, row
 
 
 def test_the_figure_shows_the_results(tmp_path, monkeypatch):
