@@ -43,10 +43,10 @@ REAL += [("peak off by", "peak_apart", ">12.2%"), ("communication", "communicati
 
 
 def usual_rows(ranks):
-    """[(sequences, length)]: each GPU with 8 x 4K, 16K or 32K tokens of its own, then with 32K of
-    longer sequences as long as there are ranks to share them, up to 1M."""
+    """[(sequences, length)]: each GPU with 8 x 4K, 2 x 16K or 32K tokens of its own, then with 32K
+    of longer sequences as long as there are ranks to share them, up to 1M."""
     base = 32 * K if GPU else 64
-    alone = [(8 * ranks, base // 8), (ranks, base // 2), (ranks, base)]
+    alone = [(8 * ranks, base // 8), (2 * ranks, base // 2), (ranks, base)]
     return alone + [(max(1, ranks // n), n * base) for n in ((2, 4, 8, 16, 32) if GPU else (2,))]
 
 

@@ -549,7 +549,7 @@ def test_usual_rows_of_a_rehearsal(monkeypatch):
     """On eight GPUs 4K to 32K without sequence parallelism, then with it; at 256K all share one."""
     monkeypatch.setattr(rehearsal, "GPU", True)
     rows = [f"{n}x{report.length(S)}" for n, S in rehearsal.usual_rows(8)]
-    assert ",".join(rows) == "64x4K,8x16K,8x32K,4x64K,2x128K,1x256K,1x512K,1x1M"
+    assert ",".join(rows) == "64x4K,16x16K,8x32K,4x64K,2x128K,1x256K,1x512K,1x1M"
     assert rehearsal.usual_rows(16)[-2:] == [(1, 512 * 1024), (1, 1024 * 1024)]
 
 
