@@ -37,10 +37,10 @@ TINY = GPTOSSConfig(
 )  # fmt: skip
 SMALL_RUN = "--seq_len=64 --sp=2 --batch_size=2 --recompute=none --steps=2"
 STAND_INS = {  # a command of the README: what is added to it here; None: it does not run here
-    "pip install openai-harmony": None,
+    "pip install openai-harmony torch==2.11.0": None,
     "python convert_hf.py openai/gpt-oss-20b": "",  # a folder of that name stands for the Hub's
     "python data.py corpus.jsonl --out data/corpus": "--tokenizer=bytes",
-    "python train.py configs/gptoss_64k.py --dry_run --gpu_gib=80": "",
+    "python train.py configs/gptoss_64k.py --dry_run --gpu_gib=79.2": "",
     "python -m bench --curves": None,
     "torchrun --nproc_per_node 8 train.py configs/gptoss_64k.py --steps=400": SMALL_RUN,
     'python sample.py runs/gptoss_64k "Why is the sky blue?"': "--max_tokens=3",
