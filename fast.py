@@ -39,6 +39,8 @@ LOSS_TOKENS = 2048  # tokens whose logits exist at a time: 0.8 GiB in bf16 for t
 EXPERT_TOKENS = 32 * 1024  # tokens per tile of the experts: 7 GiB of working memory for the 20b;
 # with 8192, 32K is 10 % slower
 ATTENTION_BYTES = 8 * 2**30  # of working memory for attention's backward: 256K tokens of 64 heads
+LARGE_GPU = EXPERT_TOKENS, ATTENTION_BYTES  # fit_tiles sets both to these
+SMALL_GPU = 4096, 2 * 2**30  # or to these: 0.9 GiB of working memory for the 20b's experts
 FEW_TOKENS = 2  # up to which generation reads each token's experts by itself
 
 
@@ -48,13 +50,12 @@ def is_small(gib):
 
 
 def tile_sizes(gib):
-    """(EXPERT_TOKENS, ATTENTION_BYTES) for a GPU with `gib` GiB. On a small one the tiles of the
-    20b's experts work in 0.9 GiB."""
-    return (4096, 2 * 2**30) if is_small(gib) else (32 * 1024, 8 * 2**30)
+    """(EXPERT_TOKENS, ATTENTION_BYTES) for a GPU with `gib` GiB."""
+    return SMALL_GPU if is_small(gib) else LARGE_GPU
 
 
 def fit_tiles(gib):
-    """Set the sizes of tiles for a GPU with `gib` GiB."""
+    """Set EXPERT_TOKENS and ATTENTION_BYTES for a GPU with `gib` GiB."""
     global EXPERT_TOKENS, ATTENTION_BYTES
     EXPERT_TOKENS, ATTENTION_BYTES = tile_sizes(gib)
     if is_small(gib):

@@ -172,15 +172,16 @@ class ReduceScatter:
 # Layer inputs in host memory
 
 
-# A block's input of at most so many bytes is fetched while the block after it runs its backward. A
-# larger one comes when it is needed: the GPU holds one less, and that wait is short beside what a
-# block of so many tokens takes; by arithmetic, at 50 GB/s, 1.5 % at 128K tokens of the 20b.
-AHEAD = 2**30
+# Largest block input, in bytes, that is fetched early: while the block after it runs its backward.
+# A larger one is fetched when it is needed, so the GPU holds one input less. The wait is short
+# compared with the block's own time: at 50 GB/s, 1.5 % at 128K tokens of the 20b (by arithmetic).
+LARGE_GPU_AHEAD = 2**30
+AHEAD = LARGE_GPU_AHEAD  # in use; set from ahead() once the GPU is known
 
 
 def ahead(gib):
     """AHEAD for a GPU with `gib` GiB: on a small one nothing is fetched early."""
-    return 0 if fast.is_small(gib) else 2**30
+    return 0 if fast.is_small(gib) else LARGE_GPU_AHEAD
 
 
 # Elements copied at a time. PyTorch rounds pinned memory up to a power of two; this is one.
