@@ -188,10 +188,8 @@ def gather_sequence(x):
     """(B, S/n) -> (B, S) on every rank. For integers such as documents: no gradient."""
     if size() == 1:
         return x
-    slices = _AllToAll.apply(
-        x[:, None].expand(-1, size(), -1), _group
-    )  # (B, n, S/n): every rank is sent the same
-    return slices.flatten(1, 2)
+    sent = x[:, None].expand(-1, size(), -1)  # (B, n, S/n): every rank is sent the same
+    return _AllToAll.apply(sent, _group).flatten(1, 2)
 
 
 def all_reduce(x):
