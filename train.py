@@ -17,7 +17,7 @@ This file computes the gradient and the update; what stands around them is in lo
 
 import os
 
-from loop import patience
+from loop import importing  # before torch, whose import it times
 
 # Read when torch is imported. Segments that can grow leave fewer holes in a GPU's memory.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
@@ -72,9 +72,9 @@ BAD_STEPS = 5  # a run ends after this many skipped updates in a row
 
 
 def start_ranks(options):
-    """Set up the process group, also for a single rank. Returns the device and the mesh over which
-    FSDP shards: the ranks of one copy of the model, neighbours, or (replicas, those) if there are
-    several."""
+    """Set up the process group, also for a single rank. Returns the device and FSDP's mesh: 1-d
+    ("shard") over all ranks, or with replicas 2-d ("replica", "shard"), where neighbouring ranks
+    share one copy of the model."""
     if options.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         torch.use_deterministic_algorithms(True)
@@ -87,10 +87,10 @@ def start_ranks(options):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         fit_card(options.gpu_gib)
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    patience = timedelta(seconds=options.timeout + TIME_TO_REPORT)
+    timeout = timedelta(seconds=options.timeout + TIME_TO_REPORT)
     dist.init_process_group(
         "nccl" if cuda else "gloo",
-        timeout=patience,
+        timeout=timeout,
         device_id=device if cuda else None,
         **meeting_point(options.timeout),
     )
@@ -100,7 +100,7 @@ def start_ranks(options):
         PyTorch's own timeout."""
         if len(rows) == 1:
             return dist.group.WORLD
-        return dist.new_subgroups_by_enumeration(rows.tolist(), timeout=patience)[0]
+        return dist.new_subgroups_by_enumeration(rows.tolist(), timeout=timeout)[0]
 
     mesh, kind = DeviceMesh.from_group, device.type
     ranks = torch.arange(dist.get_world_size())
@@ -406,7 +406,7 @@ def write_sample(options):
 
 def main():
     options = None
-    patience.over()
+    importing.done()
     try:
         sys.stdout.reconfigure(errors="replace")  # an ASCII terminal shows what it can
         options = parse(sys.argv[1:], usage=__doc__.split("\n\n")[1])

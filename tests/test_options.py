@@ -294,5 +294,5 @@ def test_help_is_not_longer_than_two_screens():
 def test_nothing_is_said_of_an_import_that_was_made_before(monkeypatch):
     """PyTorch is here already, as for every program that imports train.py after it."""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    patience = importlib.reload(importlib.import_module("loop.patience"))
-    assert not patience._timer.is_alive()
+    importing = importlib.reload(importlib.import_module("loop.importing"))
+    assert not importing._timer.is_alive()

@@ -1,4 +1,7 @@
-"""Imported before PyTorch: says so on a terminal if importing takes more than a second."""
+"""Says so on a terminal if importing PyTorch takes more than a second.
+
+Import this before torch: importing it starts the timer that prints the line. `done()` stops it.
+"""
 
 import os
 import sys
@@ -10,6 +13,6 @@ if sys.stderr.isatty() and "torch" not in sys.modules and os.environ.get("RANK",
     _timer.start()
 
 
-def over():
-    """What took long has been imported."""
+def done():
+    """Call this once everything is imported."""
     _timer.cancel()
