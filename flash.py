@@ -4,9 +4,10 @@ packed documents.
 FlexAttention takes any mask, and is compiled for it. cuDNN's kernel is faster for a plain causal
 mask. Within a packed document the mask is only causal too, so layers without a window run long
 documents one by one on cuDNN's kernel, the others together on FlashAttention 2's, which takes
-sequences of many lengths at once. cuDNN and FlashAttention know no sinks; see CudnnSinkAttention.
+sequences of many lengths at once. cuDNN and FlashAttention do not support sinks: see
+CudnnSinkAttention for how they are added.
 
-Letters in shapes are model.py's, and T = B S.
+Letters in shapes are model.py's; in packed documents, n tokens of one document or several.
 """
 
 import functools
@@ -143,30 +144,31 @@ def sink_gradient(grad, out, lse, sinks):
 
 
 def head_groups(size, K, most):
-    """In how many groups of the K key-value heads a backward of attention runs that works in `size`
-    bytes, so that each needs `most`."""
+    """The number of groups of the K key-value heads in which a backward of attention runs, so that
+    each group needs at most `most` bytes where all heads at once need `size`; K if none do."""
     divisors = (n for n in range(1, K + 1) if K % n == 0)
     return next((n for n in divisors if size <= n * most), K)
 
 
-# Bytes that the backward works in for each number in q, beside its results: the gradient of q in
-# fp32 and, in bf16, those of k and v for each query head: 4 GiB at 128K tokens of the 20b.
+# Working memory of the backward besides its results, in bytes per element of q. On cuDNN it holds
+# dq in fp32 and, for each query head, dk and dv in bf16: 4 GiB at 128K tokens of the 20b.
 ON_CUDNN = 8
-# Packed documents add copies of all inputs and results of a document or of several: at most 16 were
-# measured.
+# With packed documents it also copies the inputs and results of some of them: at most 16 bytes in
+# all were measured.
 OF_DOCUMENTS = 16
 
 
-def in_head_groups(run, size, *heads):
+def in_head_groups(run, size, grad, q, k, v, out, lse):
     """run(grad, q, k, v, out, lse) -> (dq, dk, dv), of tensors with heads in dim 1: all at once, or
-    in groups of heads if it works in `size` bytes and those are more than ATTENTION_BYTES."""
-    groups = head_groups(size, heads[2].shape[1], fast.ATTENTION_BYTES)
+    in groups of heads if its `size` bytes of working memory exceed ATTENTION_BYTES."""
+    inputs = grad, q, k, v, out, lse
+    groups = head_groups(size, k.shape[1], fast.ATTENTION_BYTES)
     if groups == 1:
-        return run(*heads)
+        return run(*inputs)
     say(f"attention's backward: {groups} groups of heads, one after the other, to save memory")
-    results = [torch.empty_like(x) for x in heads[1:4]]
-    for parts in zip(*(x.chunk(groups, dim=1) for x in (*results, *heads))):
-        for whole, part in zip(parts[:3], run(*parts[3:])):
+    results = [torch.empty_like(x) for x in (q, k, v)]
+    for dq, dk, dv, *group in zip(*(x.chunk(groups, dim=1) for x in (*results, *inputs))):
+        for whole, part in zip((dq, dk, dv), run(*group)):
             whole.copy_(part)
     return results
 
@@ -179,7 +181,8 @@ class CudnnSinkAttention(torch.autograd.Function):
     p (grad . v - grad . out). Both formulas hold with a sink if lse and out are those that include
     it: dq, dk and dv come out exact with the kernel untouched, and sink_gradient gives dsinks. At
     32K tokens on an H200 it runs at 491 TFLOP/s forward and 426 backward, FlexAttention at 401 and
-    309 (`python -m bench`). With FlexAttention instead, 8K is 7 % slower, 32K 10 %."""
+    309 (`python -m bench`). With FlexAttention instead, 8K is 7 % slower, 32K 10 % (of what, see
+    fast.py)."""
 
     @staticmethod
     def forward(ctx, q, k, v, sinks):
@@ -256,18 +259,20 @@ def _cudnn_fails(device, dtype, head_dim):
 # Packed documents
 
 LONG = 3072  # tokens from which a document runs on cuDNN; 1K to 8K differ little, docs/LOG.md
-# FlashAttention's backward works on 128 tokens more for each document, and on at most MOST of them.
-# More than that, or than one for SHORTEST tokens of all, run on FlexAttention.
+# FlashAttention's backward works on 128 more tokens per document, and takes at most MOST documents.
+# If there are more, or more than one per SHORTEST of all N tokens, all run on FlexAttention.
 SHORTEST, MOST = 32, 65_535
-SIZES = 8  # lengths to an octave that documents are padded to there: each needs a plan of its own
+# cuDNN makes a plan for each length it meets, so documents are padded: from each power of two to
+# the next there are SIZES lengths.
+SIZES = 8
 
-# One call of a kernel: which of the T tokens it has, n of them, as a slice or indices; its forward
-# and its backward; and what both take last.
+# One call of a kernel: a slice or the indices of its n tokens among all N; its forward and its
+# backward; and the last arguments of both.
 Call = namedtuple("Call", "tokens forward backward sizes")
 
 
 def padded(length):
-    """The next of SIZES lengths to an octave."""
+    """`length` rounded up to the next length that documents are padded to, see SIZES."""
     step = max(1 << length.bit_length() - 1, SIZES) // SIZES
     return -(-length // step) * step
 
@@ -306,7 +311,7 @@ def one_sequence(x, size):
 
 def on_cudnn(q, k, v, size):
     """Attention without sinks in one document, padded to `size` tokens: q (n, H, D), k and v
-    (n, K, D) -> out (n, H, D), lse (n, H) fp32, and two tensors that the backward asks for."""
+    (n, K, D) -> out (n, H, D), lse (n, H) fp32, and two tensors for the backward."""
     n = len(q)
     out, lse, *_, seed, offset, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
         *(one_sequence(x, size) for x in (q, k, v)), None, True, is_causal=True
@@ -315,8 +320,8 @@ def on_cudnn(q, k, v, size):
 
 
 def on_cudnn_backward(grad, q, k, v, out, lse, seed, offset, size):
-    """(dq, dk, dv), which are those with sinks if out and lse include them. A query that only pads
-    has a gradient of zero, and so has all that comes of it."""
+    """(dq, dk, dv), which are those with sinks if out and lse include them. Padding changes none of
+    them: a padded query has a gradient of zero, and no other query sees a padded key."""
     n = len(q)
     inputs = (one_sequence(x, size) for x in (grad, q, k, v, out))
     lse = F.pad(lse.t(), (0, size - n)).contiguous()[None, ..., None]  # (1, H, size, 1)
@@ -326,8 +331,8 @@ def on_cudnn_backward(grad, q, k, v, out, lse, seed, offset, size):
 
 
 def on_flash(q, k, v, ends, longest):
-    """As on_cudnn, of many documents: ends (their number + 1) int32, 0 first, and the most tokens
-    that one has."""
+    """As on_cudnn, for many documents: ends (number of documents + 1), int32, is 0 and where each
+    ends; `longest` is the most tokens that one has."""
     out, lse, state, unused, _ = torch.ops.aten._flash_attention_forward(
         q, k, v, ends, ends, longest, longest, 0.0, True, False
     )
@@ -341,18 +346,18 @@ def on_flash_backward(grad, q, k, v, out, lse, state, unused, ends, longest):
 
 
 def backward_bytes(calls, q):
-    """Bytes that the backward of these Calls works in, for q (T, H, D). FlashAttention's has dq of
-    128 tokens more for each document, in fp32: for short ones that is more than all the rest."""
+    """Working memory in bytes of the backward of these Calls, for q (N, H, D). FlashAttention's has
+    dq, in fp32, of 128 more tokens per document: for short ones that exceeds all the rest."""
     documents = sum(len(call.sizes[0]) - 1 for call in calls if call.backward is on_flash_backward)
     return OF_DOCUMENTS * q.numel() + 4 * 128 * documents * q[0].numel()
 
 
-def put(wholes, parts, tokens, T):
-    """`wholes`, or None at first, with each of `parts` at its tokens of T. A part of all T is the
-    whole itself."""
-    if len(parts[0]) == T:
+def put(wholes, parts, tokens, N):
+    """Write each of `parts` (n, ...) into its whole (N, ...) at `tokens`, and return the wholes.
+    wholes: None at first. Parts of all N tokens are the wholes themselves."""
+    if len(parts[0]) == N:
         return parts
-    wholes = wholes or [x.new_empty(T, *x.shape[1:]) for x in parts]
+    wholes = wholes or [x.new_empty(N, *x.shape[1:]) for x in parts]
     for whole, part in zip(wholes, parts):
         whole[tokens] = part
     return wholes
@@ -360,27 +365,27 @@ def put(wholes, parts, tokens, T):
 
 class DocumentAttention(torch.autograd.Function):
     """Sink attention within documents: q (B, S, H, D), k and v (B, S, K, D), sinks (H), the Calls
-    of plan_documents -> (B, S, H, D). With sinks as in CudnnSinkAttention. RuntimeError for a
+    of plan_documents -> (B, S, H, D). Sinks are added as in CudnnSinkAttention. RuntimeError for a
     second derivative."""
 
     @staticmethod
     def forward(ctx, q, k, v, sinks, calls):
         shape = q.shape
-        q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # (T, heads, D)
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # (N, heads, D)
 
         def attend():
-            wholes, random = None, []
+            wholes, states = None, []  # states: two tensors of each call, for its backward
             for call in calls:
                 inputs = (x[call.tokens] for x in (q, k, v))
                 out, lse, *state = call.forward(*inputs, *call.sizes)
-                wholes, random = put(wholes, (out, lse), call.tokens, len(q)), random + state
+                wholes, states = put(wholes, (out, lse), call.tokens, len(q)), states + state
             out, lse = wholes
             out, lse = fold_sinks(out.transpose(0, 1)[None], lse.t()[None], sinks)
-            return out[0].transpose(0, 1), lse[0].t(), *random  # (T, H, D), (T, H)
+            return out[0].transpose(0, 1), lse[0].t(), *states  # (N, H, D), (N, H)
 
-        out, lse, *random = once(attend)
+        out, lse, *states = once(attend)
         ctx.calls = calls
-        ctx.save_for_backward(q, k, v, sinks, out, lse, *random)
+        ctx.save_for_backward(q, k, v, sinks, out, lse, *states)
         return out.view(shape)
 
     @staticmethod
@@ -390,14 +395,14 @@ class DocumentAttention(torch.autograd.Function):
                 "the attention of packed documents has no second derivative: "
                 "run forward and backward inside `with fast.plain():`"
             )
-        q, k, v, sinks, out, lse, *random = ctx.saved_tensors
+        q, k, v, sinks, out, lse, *states = ctx.saved_tensors
         B, grad = len(grad), grad.flatten(0, 1)
 
-        def run(*heads):
+        def run(*inputs):  # grad, q, k, v, out and lse, of all heads or of a group
             grads = None
             for number, call in enumerate(ctx.calls):
-                state = random[2 * number : 2 * number + 2]
-                parts = call.backward(*(x[call.tokens] for x in heads), *state, *call.sizes)
+                state = states[2 * number : 2 * number + 2]
+                parts = call.backward(*(x[call.tokens] for x in inputs), *state, *call.sizes)
                 grads = put(grads, parts, call.tokens, len(q))
             return grads
 
