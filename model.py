@@ -406,8 +406,8 @@ class GPTOSS(nn.Module):
     `recompute` selects what the backward recomputes, block by block, to save memory:
         "none": nothing
         "all": everything but the block's input
-        "attention": as "all", but on layers without a window the output of attention is kept, whose
-            cost grows with S^2. FlexAttention cannot keep it; where it runs, this is "all".
+        "attention": as "all", but the output of attention is kept on layers without a window, where
+            recomputing it takes time that grows with S^2. Where FlexAttention runs, this is "all".
     The last `keep_blocks` blocks recompute nothing."""
 
     def __init__(self, config, recompute="none", keep_blocks=0):
@@ -457,7 +457,7 @@ class GPTOSS(nn.Module):
         loss. ValueError for ids outside the vocabulary or wrong shapes."""
         if targets is None:
             return self.unembedding(self.features(tokens, documents, routes=routes))
-        self._check(targets, "targets", tokens.shape, IGNORED)
+        self._check_targets(targets, tokens)
         if weights is not None:
             if weights.shape != tokens.shape:
                 raise ValueError(
@@ -476,7 +476,7 @@ class GPTOSS(nn.Module):
         """log p(targets[b, i] | tokens[b, : i + 1]), (B, S) fp32, differentiable; 0 where the
         target is -100. With entropy=True the pair of that and every position's entropy (B, S) in
         nats. Both of logits / temperature. Other arguments and errors as in forward."""
-        self._check(targets, "targets", tokens.shape, IGNORED)
+        self._check_targets(targets, tokens)
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature={temperature} must be positive")
         x = self.features(tokens, documents, routes=routes).flatten(0, 1)
@@ -505,7 +505,8 @@ class GPTOSS(nn.Module):
 
     def features(self, tokens, documents=None, routes=None):
         """tokens (B, S) -> (B, S, C), the input of the unembedding."""
-        self._check(tokens, "tokens", tokens.shape)
+        self._check_ids(tokens, "tokens")
+        self._check_vocabulary(tokens, "tokens")
         config, s = self.config, tokens.shape[1]
         S = s * sp.size()  # the full sequence, of which this rank has s tokens
         if config.max_position_embeddings < S:
@@ -544,14 +545,27 @@ class GPTOSS(nn.Module):
                 f"{name} must be integers of shape {tuple(shape)}; got {x.dtype} {tuple(x.shape)}"
             )
 
-    def _check(self, ids, name, shape, ignored=None):
-        """ValueError unless `ids` are (B, S) integers in the vocabulary, or `ignored`."""
-        kinds = torch.int64, torch.int32
-        if ids.dim() != 2 or ids.shape != shape or ids.dtype not in kinds or not ids.numel():
+    def _check_targets(self, targets, tokens):
+        """ValueError for wrong targets. The tokens' shape is checked first, or the targets would be
+        blamed for it; features checks their values."""
+        self._check_ids(tokens, "tokens")
+        self._check_ids(targets, "targets", tokens.shape)
+        self._check_vocabulary(targets, "targets", IGNORED)
+
+    def _check_ids(self, ids, name, shape=None):
+        """ValueError unless `ids` are int64 or int32 of the tokens' shape; for tokens, any (B, S)
+        that is not empty."""
+        if shape is None:
+            right, wanted = ids.dim() == 2 and ids.numel(), "shape (B, S), not empty"
+        else:
+            right, wanted = ids.shape == shape, f"the tokens' shape {tuple(shape)}"
+        if not right or ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(
-                f"{name} must be int64 or int32 of one shape (B, S), not empty; "
-                f"got {ids.dtype} {tuple(ids.shape)}, {tuple(shape)}"
+                f"{name} must be int64 or int32 of {wanted}; got {ids.dtype} {tuple(ids.shape)}"
             )
+
+    def _check_vocabulary(self, ids, name, ignored=None):
+        """ValueError unless `ids` are in the vocabulary, or `ignored`."""
         V = self.config.vocab_size
         outside = (ids < 0) | (ids >= V)
         wrong = ids[outside if ignored is None else outside & (ids != ignored)]

@@ -404,7 +404,7 @@ def test_wrong_tokens(tokens, message):
 @pytest.mark.parametrize(
     "targets, message",
     [
-        (torch.zeros(2, 4, dtype=torch.int64), r"\(2, 4\).*\(2, 3\)"),
+        (torch.zeros(2, 4, dtype=torch.int64), r"\(2, 3\).*\(2, 4\)"),
         (torch.full((2, 3), 61), r"vocab_size=61.*found 61"),
         (torch.tensor([[0, 1, 2], [0, -1, IGNORED]]), r"vocab_size=61.*-100.*found -1"),
         (torch.zeros(2, 3), r"float32"),
@@ -415,6 +415,17 @@ def test_wrong_targets(call, targets, message):
     model = noise_(GPTOSS(tiny_config()))
     with pytest.raises(ValueError, match=message):
         getattr(model, call)(torch.zeros(2, 3, dtype=torch.int64), targets)
+
+
+@pytest.mark.parametrize("call", ["forward", "logprobs"])
+def test_wrong_tokens_beside_targets(call):
+    """The tokens are named where they are wrong, though no targets could match them."""
+    model, flat = GPTOSS(tiny_config()), torch.zeros(16, dtype=torch.int64)
+    for tokens, targets in ((flat, flat), (flat, flat[None]), (flat[None].float(), flat[None])):
+        with pytest.raises(ValueError, match=r"^tokens must be .*\(B, S\), not empty; got torch"):
+            getattr(model, call)(tokens, targets)
+    with pytest.raises(ValueError, match=r"^targets .* the tokens' shape \(1, 16\); .* \(16,\)$"):
+        getattr(model, call)(flat[None], flat)
 
 
 def test_wrong_documents():
