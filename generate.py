@@ -1,4 +1,4 @@
-"""Tokens from a model: many sequences at once, one captured graph per token.
+"""Tokens from a model: many sequences at once, each step one CUDA graph where it can be.
 
     answers = generate(model, prompts, max_tokens=200, stop=tokenizer.stop)  # prompts: token lists
     for tokens, logprobs in answers: ...
@@ -9,7 +9,8 @@
 A prompt passes the model once, through the kernels that training uses, and leaves its keys and
 values in a cache. From then on each step feeds the newest token of every sequence and draws the
 next. On a GPU a step is one CUDA graph: without it, launching some thousand small kernels takes
-longer than running them.
+longer than running them. Models with packed experts, or adapters on them, run
+without graphs: see `capturable`.
 
 A sequence lives in a slot of the cache, and a finished one makes room for the next prompt. Its
 tokens depend on its seed, not on its neighbours: each draw inverts the cumulative distribution at a
