@@ -7,7 +7,8 @@ with its definition, outputs and gradients.
 
 Each optimisation states its gain as the slowdown without it, for forward + backward at 8K and 32K
 tokens of six of the 20b's layers on an H200 (`python -m bench --ablation`; docs/LOG.md,
-2026-11-25). With all 24 layers the gains in the loss are about a third as large.
+2026-11-25), or says that it was not measured alone. With all 24 layers the gains in the loss are
+about a third as large.
 
 Letters in shapes are model.py's, and R = N k: a row per token and chosen expert, sorted by expert.
 """
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from recompute import Recompute, replaying
-from switch import (  # noqa: F401 (for others: they say fast.plain)
+from switch import (  # noqa: F401 (the project takes these names from here: fast.plain)
     PAIRS,
     SWITCHES,
     as_now,
@@ -41,7 +42,7 @@ EXPERT_TOKENS = 32 * 1024  # tokens per tile of the experts: 7 GiB of working me
 ATTENTION_BYTES = 8 * 2**30  # of working memory for attention's backward: 256K tokens of 64 heads
 LARGE_GPU = EXPERT_TOKENS, ATTENTION_BYTES  # fit_tiles sets both to these
 SMALL_GPU = 4096, 2 * 2**30  # or to these: 0.9 GiB of working memory for the 20b's experts
-FEW_TOKENS = 2  # up to which generation reads each token's experts by itself
+FEW_TOKENS = 2  # the most tokens that few_experts computes; more run on grouped matmuls
 
 
 def is_small(gib):
@@ -76,7 +77,7 @@ def add_matmul_(total, a, b):
 class RouterLogits(torch.autograd.Function):
     """Twin of model.router_logits that makes no fp32 copy of x for autograd to keep: a ninth of
     what a block keeps when nothing is recomputed. The gradient is rounded to x's dtype once. With
-    that copy 32K takes 2 GiB more, and no time that could be told from noise."""
+    that copy 32K takes 2 GiB more; the difference in time is within the noise."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -112,8 +113,8 @@ def biased_swiglu(h, bias, expert, limit):
 @fused
 def biased_swiglu_backward_(h, bias, expert, limit, da, weight, dgate, dup):
     """For a = biased_swiglu(h) with gradient `weight * da`: fill dgate and dup (R, F), the halves
-    of h's gradient, and return weight * a (R, F) and da . a (R). The compiler makes one kernel of
-    two halves, and two kernels of a torch.cat."""
+    of h's gradient, and return weight * a (R, F) and da . a (R). Filled, the halves are one kernel
+    of 6 passes over (R, F); a torch.cat would make it two, of 14 (not timed alone)."""
     gate, up = (h.float() + bias.float()[expert]).chunk(2, dim=-1)
     gate_open, up_open = gate <= limit, up.abs() <= limit  # a clamped value has no gradient
     gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
@@ -130,14 +131,14 @@ def biased_swiglu_backward_(h, bias, expert, limit, da, weight, dgate, dup):
 def combine(y, where, routing, bias, chosen):
     """Rows y (R, C) -> (N, C): each token's k rows, found by `where` (N, k), plus their experts'
     bias, weighted by `routing` (N, k) and summed."""
-    picked = y[where].float() + bias.float()[chosen]  # (N, k, C), inside the kernel only
+    picked = y[where].float() + bias.float()[chosen]  # (N, k, C), never stored on a GPU
     return (picked * routing[..., None]).sum(1).to(y.dtype)
 
 
 @fused
 def gather_sum(rows, where):
     """(R, C), where (N, k) -> (N, C): the sum of each token's k rows. A scatter would need atomic
-    adds, which are slow and unordered."""
+    adds, which are unordered and slow (not measured)."""
     return rows[where].float().sum(1).to(rows.dtype)
 
 
@@ -145,7 +146,7 @@ def sort_by_expert(chosen, num_experts):
     """Sort the R = N k choices (N, k) by expert. Returns order (R), the choice each row comes from;
     expert (R), each row's expert; ends (E), where each expert's rows end; and where (N, k), each
     choice's row."""
-    # int16: a radix sort takes 8 bits per pass
+    # int16, because a radix sort takes 8 bits per pass: in int64 it took 0.6 % of the 20b's 8K step
     expert, order = chosen.flatten().short().sort(stable=True)
     expert = expert.long()
     numbers = torch.arange(num_experts, device=expert.device)
@@ -159,7 +160,7 @@ def tiles(*tensors):
     return zip(*(x.split(EXPERT_TOKENS) for x in tensors))
 
 
-GROUPED = 9, 10  # compute capabilities with kernels: Hopper, and Blackwell of data centres
+GROUPED = 9, 10  # major compute capabilities with grouped matmuls: Hopper, data-centre Blackwell
 
 
 def capability(device):
@@ -168,7 +169,8 @@ def capability(device):
 
 
 def grouped_mm(a, b, offs):
-    """F.grouped_mm. Where PyTorch has no kernel for it, it runs a matmul per expert: said once."""
+    """F.grouped_mm. Where PyTorch has no kernel for it, it runs a matmul per expert; a message says
+    so once."""
     version = capability(a.device)
     if version and version[0] not in GROUPED:
         say(
@@ -185,15 +187,15 @@ class ExpertsFunction(torch.autograd.Function):
     in tiles, so its working memory does not grow with the sequence. In a recomputed block it
     starts from x, so the replayed forward skips the experts. The routing weights' gradient g . y
     needs no expert's output y = a W2 + b2, as g . y = (g W2^T) . a + g . b2. Nothing is computed
-    for weights that need no gradient. With autograd 8K is 21 % slower, 32K 14 %, with 15 GiB more;
-    with a full replay they are 11 % and 8 % slower."""
+    for weights that need no gradient. With autograd 8K is 21 % slower, 32K 14 %, with 15 GiB more.
+    With all blocks recomputed, running the experts in the replay costs 11 % and 8 %."""
 
     @staticmethod
     def forward(ctx, x, chosen, routing, w1, b1, w2, b2, limit, keep_hidden):
         ctx.limit, k = limit, chosen.shape[1]
         hidden, out = [], torch.empty_like(x)
-        if replaying():  # experts come last in a block: their output is not read, or it shows
-            out.fill_(math.nan)
+        if replaying():  # experts come last in a block: their output is not read
+            out.fill_(math.nan)  # or it would show
         else:
             for tile, choice, share, result in tiles(x, chosen, routing, out):
                 order, expert, ends, where = sort_by_expert(choice, len(w1))
@@ -237,7 +239,7 @@ class ExpertsFunction(torch.autograd.Function):
                 drouting[tokens] = da_a[where] + (g @ b2.t()).gather(1, choice)
             if needs_w1:
                 add("w1", grouped_mm(rows.t(), dh, offs=ends))  # (C, R) x (R, 2F) -> (E, C, 2F)
-            if needs_b1:  # bias gradients as matmuls: indexing has a backward of atomic adds
+            if needs_b1:  # bias gradients as matmuls: the backward of indexing uses atomic adds
                 add("b1", F.one_hot(expert, len(w1)).to(dh.dtype).t() @ dh)  # (E, R) x (R, 2F)
             if needs_w2:
                 add("w2", grouped_mm(weighted_a.t(), g_rows, offs=ends))  # -> (E, F, C)
@@ -257,8 +259,9 @@ def expert_products(x, w, expert):
 
 
 def few_experts(x, chosen, routing, w1, b1, w2, b2, limit):
-    """model.experts for a few tokens on a GPU, without gradients: bound by reading the weights, and
-    tokens rarely share experts. Nothing is sorted, and no group is mostly padding."""
+    """model.experts for a few tokens on a GPU, without gradients. The time is that of reading the
+    weights, and few tokens rarely share an expert, so each row reads its own matrices: no sort, and
+    no grouped matmul, whose groups would be mostly padding (not measured against it)."""
     expert = chosen.flatten()  # (R)
     where = torch.arange(len(expert), device=x.device).view_as(chosen)
     h = expert_products(x.repeat_interleave(chosen.shape[1], dim=0), w1, expert)  # (R, 2F)
@@ -286,8 +289,8 @@ def experts(x, chosen, routing, w1, b1, w2, b2, limit):
 
 @fused
 def pick_logprobs(logits, targets, temperature):
-    """logits (N, V), targets (N), temperature 0-d -> of logits / temperature: log p(target) (N), 0
-    where ignored, and the logsumexp (N), fp32."""
+    """logits (N, V), targets (N), temperature (0-d) -> log p(target) (N), 0 where ignored, and the
+    logsumexp (N), both of logits / temperature, in fp32."""
     lse = (logits.float() / temperature).logsumexp(-1)
     picked = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0].float() / temperature - lse
     return torch.where(targets == IGNORED, 0, picked), lse
@@ -312,8 +315,8 @@ def logits_gradient_(logits, targets, lse, scale, temperature):
 
 @fused
 def logits_gradient_with_entropy_(logits, targets, lse, scale, temperature, entropy, dentropy):
-    """As logits_gradient_, plus the gradient of sum(dentropy * entropy): H = -sum(p log p) has the
-    derivative -p (log p + H) / temperature."""
+    """As logits_gradient_, plus the gradient of sum(dentropy * entropy): the derivative of
+    H = -sum(p log p) in the logits is -p (log p + H) / temperature."""
     onehot = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
     scale = torch.where(targets == IGNORED, 0, scale)[:, None]
     logp = logits.float() / temperature - lse[:, None]
@@ -326,9 +329,9 @@ def chunks(*tensors):
 
 
 def loss_gradient(x, weight, targets, scale, temperature, needs_weight, dentropy=None):
-    """logprobs (N) of x (N, C) under the unembedding `weight` (V, C), and the gradients of
-    sum(scale * logprobs), plus sum(dentropy * entropy) if given, in x and weight; None for the
-    latter unless needs_weight."""
+    """logprobs (N) of x (N, C) under the unembedding `weight` (V, C), and the gradients in x and
+    weight of sum(scale * logprobs), plus sum(dentropy * entropy) if dentropy is given. That in
+    weight is None unless needs_weight."""
     logprobs, dx = torch.empty_like(scale), torch.empty_like(x)
     dweight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
     dentropies = dentropy.split(LOSS_TOKENS) if dentropy is not None else None
@@ -349,7 +352,7 @@ def loss_gradient(x, weight, targets, scale, temperature, needs_weight, dentropy
 
 
 class LogProbs(torch.autograd.Function):
-    """Twin of model.logprobs_and_entropy, or without the entropy, of model.logprobs. The backward
+    """Twin of model.logprobs_and_entropy and, without the entropy, of model.logprobs. The backward
     recomputes the logits."""
 
     @staticmethod
@@ -429,8 +432,8 @@ def mean_loss(x, unembedding, targets, weights, count):
 
 
 def recomputed(block, *inputs, keep_attention):
-    """block(*inputs), keeping only the inputs; the backward recomputes the activations, but for
-    attention's output on full layers if keep_attention."""
+    """block(*inputs), keeping only the inputs for the backward, which recomputes the activations.
+    keep_attention: attention's output is kept too, on layers without a window."""
     contexts = functools.partial(Recompute.contexts, keep_attention, as_now())
     return checkpoint(
         block, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts

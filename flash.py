@@ -1,11 +1,11 @@
-"""Attention that never holds S x S scores: which kernel runs, and what the kernels lack, sinks and
-packed documents.
+"""Attention that never holds S x S scores: the choice of a kernel, and the sinks and packed
+documents that the kernels lack.
 
 FlexAttention takes any mask, and is compiled for it. cuDNN's kernel is faster for a plain causal
 mask. Within a packed document the mask is only causal too, so layers without a window run long
 documents one by one on cuDNN's kernel, the others together on FlashAttention 2's, which takes
-sequences of many lengths at once. cuDNN and FlashAttention do not support sinks: see
-CudnnSinkAttention for how they are added.
+sequences of many lengths at once. cuDNN and FlashAttention do not support sinks:
+CudnnSinkAttention shows how they are added.
 
 Letters in shapes are model.py's; in packed documents, n tokens of one document or several.
 """
@@ -66,25 +66,24 @@ def within_documents(visible, documents):
 
 
 def from_lowest(lowest):
-    """lowest (B, S): the first key that each query sees. One number a query to load and compare:
-    as fast as a mask without documents, where comparing documents takes a tenth longer."""
+    """lowest (B, S): the first key that each query sees. With one number to load per query this is
+    as fast as a mask without documents; comparing document numbers takes a tenth longer."""
     return lambda b, h, q, k: (q >= k) & (k >= lowest[b, q])
 
 
 def document_begins(documents):
     """documents (B, S) -> (B, S) bool, on the CPU: whether a document begins here. None if a number
-    comes again later in a sequence, for then a token sees more than its neighbours. Waits for the
-    GPU."""
+    returns later in a sequence, so that its tokens do not all lie together. Waits for the GPU."""
     numbers = documents.cpu()
     begins = F.pad(numbers[:, 1:] != numbers[:, :-1], (1, 0), value=True)
-    named = torch.stack((begins.nonzero()[:, 0], numbers[begins].long()))
-    return begins if named.unique(dim=1).shape[1] == named.shape[1] else None
+    found = torch.stack((begins.nonzero()[:, 0], numbers[begins].long()))  # (sequence, number)
+    return begins if found.unique(dim=1).shape[1] == found.shape[1] else None
 
 
 def block_mask(S, window, documents, device, block=128):
     """FlexAttention's BlockMask of a causal layer over S tokens: which blocks of `block` x `block`
-    scores to visit, and in which of those every score is visible. Found from the blocks' corners,
-    so nothing S x S ever exists; torch's create_block_mask would evaluate all S x S positions.
+    scores to visit, and in which of those every score is visible. Computed from the blocks'
+    corners, so nothing S x S exists; torch's create_block_mask would evaluate S x S positions.
 
     documents (B, S) or None, numbered in any way. A pair of blocks is skipped if their ranges of
     numbers do not overlap, and fully visible if both lie in one document."""
@@ -98,9 +97,9 @@ def block_mask(S, window, documents, device, block=128):
         visited, full = visited & (nearest < window), full & (farthest < window)
     visible = causal if window is None else sliding(window)
     if documents is not None:
-        padded = F.pad(documents, (0, blocks * block - S), mode="replicate")
-        padded = padded.unflatten(1, (blocks, block))
-        low, high = padded.amin(-1), padded.amax(-1)  # (B, blocks)
+        numbers = F.pad(documents, (0, blocks * block - S), mode="replicate")
+        numbers = numbers.unflatten(1, (blocks, block))
+        low, high = numbers.amin(-1), numbers.amax(-1)  # (B, blocks)
         visited = visited & (low[:, :, None] <= high[:, None]) & (low[:, None] <= high[:, :, None])
         uniform = low == high
         full = full & uniform[:, :, None] & uniform[:, None] & (low[:, :, None] == low[:, None])

@@ -17,7 +17,7 @@ Letters in shapes:
     B sequences    S tokens per sequence: this rank's slice, or the full sequence inside attention
     T keys    N = B S tokens    V vocabulary    C hidden size
     H query heads    K key-value heads    D head dim
-    E experts    k experts per token    F hidden size of an expert
+    E experts    k experts per token    F intermediate size of an expert
 """
 
 import functools
@@ -45,8 +45,8 @@ IGNORED = -100  # a target that the loss does not count
 
 @dataclass
 class GPTOSSConfig:
-    """Sizes of the model; the defaults are gpt-oss-20b's. The names are OpenAI's, except the last
-    two: its config.json lacks them, and the names are Hugging Face's."""
+    """Sizes of the model; the defaults are gpt-oss-20b's. The names are OpenAI's, but for the last
+    two: OpenAI's config.json lacks them, so they are Hugging Face's."""
 
     num_hidden_layers: int = 24
     num_experts: int = 32
@@ -306,7 +306,7 @@ def experts(x, chosen, routing, w1, b1, w2, b2, limit):
     w1 (E, C, 2F) and b1 (E, 2F): gate_up, w2 (E, F, C) and b2 (E, C): down."""
     out = torch.zeros_like(wide(x))
     for e in range(len(w1)):
-        token, place = (chosen == e).nonzero(as_tuple=True)  # who chose e, as which of the k
+        token, place = (chosen == e).nonzero(as_tuple=True)  # tokens that chose e, as which of k
         y = swiglu(x[token] @ w1[e] + b1[e], limit) @ w2[e] + b2[e]
         out = out.index_add(0, token, routing[token, place, None] * y)
     return out.to(x.dtype)
@@ -333,12 +333,12 @@ class Router(nn.Linear):
 class Experts(nn.Module):
     def __init__(self, config):
         super().__init__()
-        E, C, hidden = config.num_experts, config.hidden_size, config.intermediate_size
+        E, C, inner = config.num_experts, config.hidden_size, config.intermediate_size  # inner: F
         self.limit = config.swiglu_limit
         self.router = Router(config)
-        self.gate_up_weight = nn.Parameter(torch.empty(E, C, 2 * hidden))  # gates, then ups
-        self.gate_up_bias = nn.Parameter(torch.empty(E, 2 * hidden))
-        self.down_weight = nn.Parameter(torch.empty(E, hidden, C))
+        self.gate_up_weight = nn.Parameter(torch.empty(E, C, 2 * inner))  # gates, then ups
+        self.gate_up_bias = nn.Parameter(torch.empty(E, 2 * inner))
+        self.down_weight = nn.Parameter(torch.empty(E, inner, C))
         self.down_bias = nn.Parameter(torch.empty(E, C))
 
     def forward(self, x, chosen=None):  # x (B, S, C), chosen (B, S, k) or None
@@ -445,7 +445,7 @@ class GPTOSS(nn.Module):
         self, tokens, targets=None, documents=None, count=None, *, weights=None, routes=None
     ):
         """tokens (B, S) int64 -> logits (B, S, V); with targets (B, S), the tokens that follow, the
-        loss: fp32, and by its fast twin without the logits of all tokens in memory.
+        loss in fp32, which the fast twin computes without holding the logits of all tokens.
 
         loss = -sum(weights * log p(target)) / count, over the targets that are not -100. weights
         (B, S), such as advantages, are ones by default. count, a 0-d tensor, is by default the

@@ -7,8 +7,8 @@
         model(tokens, targets).backward()
     with fast.plain("experts", "mean_loss"):   # only these two as stated
 
-Pairs are recorded in PAIRS, so that none can lack a test. The rest of the project takes these names
-from fast.py.
+Pairs are recorded in PAIRS, so that no pair can lack a test. The rest of the project takes these
+names from fast.py.
 """
 
 import functools
@@ -49,8 +49,8 @@ def is_on(name):
 
 
 def as_now():
-    """Returns a function that makes a context in which the switches are as they are at this call:
-    a replay in the backward runs what the forward ran, also outside of `plain()`."""
+    """Returns a function that makes a context in which the switches are set as they are now: a
+    replay in the backward then runs what the forward ran, even after `plain()` has ended."""
     return functools.partial(_switched_off, _off)
 
 
@@ -96,7 +96,7 @@ def declined(name, reason):
 def differentiable_gradients(name, inputs, grad):
     """The gradients of a definition's inputs, themselves differentiable: for create_graph=True,
     which a written-out backward cannot serve. None for inputs that need no gradient."""
-    declined(name, "a second derivative is asked for")
+    declined(name, "a second derivative was requested")
     wanted = [x for x in inputs if torch.is_tensor(x) and x.requires_grad]
     out = PAIRS[name][0](*inputs)
     found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
@@ -116,7 +116,7 @@ def fused(function):
 
     Only leaves are compiled, never a block, so communication keeps the order it is written in.
     fullgraph turns a graph break into an error: FlexAttention would silently fall back to S x S
-    scores. Uncompiled, 8K is 92 % slower, 32K 71 %, with 18 GiB more.
+    scores. Uncompiled, 8K is 92 % slower, 32K 71 %, with 18 GiB more (of what, see fast.py).
 
     comprehensive_padding=False works around a PyTorch 2.11 bug: Inductor writes part of lse's
     gradient unpadded and reads it back padded, so dq, dk and dsinks are wrong when S (or H S, with

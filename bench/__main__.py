@@ -104,7 +104,7 @@ OPTIONS = {  # of a measurement
     ),
     "gpu_gib": (
         {"type": float, "metavar": "GIB"},
-        "--rehearse: as on a GPU of so many GiB (an H100: 79.2); default all that it has",
+        "--rehearse: use only this many GiB of the GPU (an H100 has 79.2); default all",
     ),
     "profile": (
         {"action": "store_true"},
@@ -128,7 +128,7 @@ KINDS = {  # of measurements, one at a time
     ),
     "rehearse": (
         {"type": parse_ranks, "metavar": "RANKS"},
-        "full training steps as one of so many ranks, on one GPU",
+        "full training steps on one GPU, as one rank of this many",
     ),
     "accuracy": (
         {"action": "store_true"},

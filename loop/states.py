@@ -48,7 +48,7 @@ class Progress:
         return self.step >= options.steps or 0 < options.stop_after <= self.waited
 
     def due(self, every, last):
-        """Whether what happens `every` so many steps, 0: never, and in the last one is due."""
+        """Whether something done every `every` steps, and in the last one, is due; 0: never."""
         return every > 0 and (self.step % every == 0 or last)
 
     def judge(self, loss):

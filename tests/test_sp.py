@@ -196,7 +196,7 @@ def check_errors():
 
 
 def plain_attention(q, k, v, sinks, mask):
-    """Somebody's attention: it knows no sinks, and is given what masks the whole sequence."""
+    """An attention function that does not support sinks and takes the whole sequence's mask."""
     assert sinks is None
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True).transpose(1, 2)
