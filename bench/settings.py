@@ -34,7 +34,7 @@ def fitting(options, config, settings, optimizers):
         if given.items() <= (choice := recomputation | {"optimizer": optimizer}).items()
         and (GPU or not choice["offload"])
     ] or [usual | {"optimizer": optimizers[0]} | given]
-    room = plan.SHARE * settings["gpu_gib"] * GIB
-    best = plan.fastest(config, settings, room, choices)
+    usable = plan.room(settings["gpu_gib"], settings["ranks"])
+    best = plan.fastest(config, settings, usable, choices)
     best = best or min(choices, key=lambda choice: plan.peak(config, settings | choice))
     return {name: best[name] for name in ("optimizer", "recompute", "keep_blocks", "offload")}

@@ -26,7 +26,10 @@ from model import GPTOSS
 
 SETTINGS = "sp", "replicas", "seq_len", "micro_batch"
 SETTINGS += "optimizer", "recompute", "keep_blocks", "offload"
-SHARE = 0.93  # of a GPU's memory that a plan may use: CUDA and NCCL take some, arithmetic errs
+# What a plan may use of a GPU's memory: CUDA and NCCL take some, the allocator holds more than the
+# peak, and arithmetic errs. On four H100s of 79.2 GiB a run planned for 73.4 stopped to free memory
+# in every step, and others for 71.3 left no gigabyte unused.
+SHARE, NCCL = 0.93, 2 * GIB
 
 
 def settings_of(options, config, ranks):
@@ -44,6 +47,11 @@ def card(options):
     if not options.gpu_gib and torch.cuda.is_available():
         return torch.cuda.get_device_properties(0).total_memory / GIB
     return options.gpu_gib
+
+
+def room(gib, ranks):
+    """Bytes that a plan for `ranks` GPUs of `gib` GiB may use of each."""
+    return SHARE * gib * GIB - NCCL * (ranks > 1)
 
 
 def needs(config, settings):
@@ -78,9 +86,10 @@ def state_bytes(build_optimizer, options, config):
 # Time
 
 # FLOP/s of matmuls and of attention as parts of a step on an H100, and seconds of a micro-batch per
-# parameter that do not depend on its tokens: fitted to eleven rehearsed runs of the 20b as one of
-# eight (4K to 256K tokens, docs/benchmarks.md), which they repeat within 2.5 %.
-MATMUL, ATTENTION, PER_PARAMETER = 508e12, 418e12, 0.37 / 20.9e9
+# parameter that do not depend on its tokens: fitted to eight rehearsed runs of the 20b as one of
+# eight (4K to 1M tokens, docs/benchmarks.md), which they repeat within 2 %. One H100 is up to 5 %
+# slower than another.
+MATMUL, ATTENTION, PER_PARAMETER = 522e12, 404e12, 0.23 / 20.9e9
 WINDOW = 5  # how much slower than full attention's FLOPs those of windows are
 
 
@@ -110,11 +119,11 @@ def seconds(config, settings, gbps=350):
 # Search
 
 
-def fastest(config, settings, room, choices):
-    """The settings with the least estimated time that need at most `room` bytes, or None. choices:
-    dictionaries of what may differ from `settings`."""
+def fastest(config, settings, usable, choices):
+    """The settings with the least estimated time that need at most `usable` bytes, or None. In
+    `choices` are dictionaries of what may differ from `settings`."""
     tried = sorted((settings | choice for choice in choices), key=lambda s: seconds(config, s))
-    return next((s for s in tried if peak(config, s) <= room), None)
+    return next((s for s in tried if peak(config, s) <= usable), None)
 
 
 def recomputations(layers):
@@ -139,8 +148,9 @@ def divisions(options, config, ranks):
                 yield {"sp": sp, "micro_batch": micro_batch, "micro_batches": micro_batches}
 
 
-def search(options, config, settings, room):
-    """[settings]: for each optimizer, the most exact first, the fastest that fit `room` bytes."""
+def search(options, config, settings, usable):
+    """[settings]: for each optimizer, the most exact first, the fastest that need at most `usable`
+    bytes."""
     found, ways = [], list(divisions(options, config, settings["ranks"]))
     for optimizer in BYTES:
         choices = (
@@ -148,7 +158,7 @@ def search(options, config, settings, room):
             for way in ways
             for recomputation in recomputations(config.num_hidden_layers)
         )
-        if best := fastest(config, settings, room, choices):
+        if best := fastest(config, settings, usable, choices):
             found.append(best)
     return found
 
@@ -200,15 +210,16 @@ def gpus(ranks):
 
 def verdict(options, config, settings, gpu_gib):
     """Yield lines: does the run fit GPUs of `gpu_gib`, and what would?"""
-    left = gpu_gib - peak(config, settings) / GIB
-    if left >= (1 - SHARE) * gpu_gib:
+    ranks, usable = settings["ranks"], room(gpu_gib, settings["ranks"])
+    needed = peak(config, settings)
+    left = gpu_gib - needed / GIB
+    if needed <= usable:
         yield f"fits a GPU of {gpu_gib:.0f} GiB: {left:.0f} GiB left"
     elif left >= 0:
         yield f"does not fit a GPU of {gpu_gib:.0f} GiB: {left:.0f} GiB left for CUDA and NCCL"
     else:
         yield f"does not fit a GPU of {gpu_gib:.0f} GiB: {-left:.0f} GiB too much"
-    room, ranks = SHARE * gpu_gib * GIB, settings["ranks"]
-    if found := search(options, config, settings, room):
+    if found := search(options, config, settings, usable):
         yield "the fastest settings that fit, for each optimizer (see --help):"
         for best in found:
             yield f"  {describe(config, best)}"
@@ -219,7 +230,7 @@ def verdict(options, config, settings, gpu_gib):
         more *= 2
         # a larger batch, if there are more groups than sequences
         larger = replace(options, batch_size=max(options.batch_size, more))
-        if found := search(larger, config, settings | {"ranks": more}, room):
+        if found := search(larger, config, settings | {"ranks": more}, room(gpu_gib, more)):
             batch = f" and --batch_size={larger.batch_size}" * (larger != options)
             yield f"{more} GPUs{batch} would do:\n  {describe(config, found[0])}"
             break

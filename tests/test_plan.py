@@ -4,6 +4,7 @@ what the dry run says of a GPU."""
 import dataclasses
 import itertools
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,26 +17,23 @@ from model import GPTOSS, GPTOSSConfig
 from test_train import MuonAndAdamW
 from train import build_optimizer
 
-# (K tokens per sequence, sp, micro_batch, micro-batches, optimizer, recompute, kept blocks): tokens
-# per second of the 20b's one rank of eight, rehearsed on an H100 without communication; 2026-11-25
+# (K tokens per sequence, sp, micro_batch, optimizer, recompute, kept blocks, offload): tokens per
+# second of the 20b's one rank of eight, rehearsed on one H100 without communication; 2026-11-26
 MEASURED = {
-    (64, 2, 1, 2, "fp32", "attention", 0): 8_466,
-    (64, 8, 1, 2, "fp32", "attention", 0): 6_608,
-    (128, 4, 1, 1, "fp32", "attention", 0): 5_863,
-    (256, 8, 1, 1, "fp32", "attention", 0): 3_563,
-    (4, 1, 8, 1, "split", "attention", 12): 15_892,
-    (64, 2, 1, 1, "split", "attention", 8): 8_683,
-    (32, 1, 1, 1, "split", "attention", 6): 11_235,
-    (4, 1, 4, 1, "split", "none", 0): 14_039,
-    (4, 1, 4, 2, "split", "none", 0): 14_628,
-    (8, 1, 2, 1, "split", "none", 0): 13_737,
-    (8, 1, 3, 1, "split", "attention", 16): 14_788,
+    (4, 1, 8, "split", "attention", 13, False): 17_522,
+    (16, 1, 1, "split", "none", 0, False): 14_136,
+    (32, 1, 1, "split", "attention", 13, False): 12_173,
+    (64, 2, 1, "split", "attention", 13, False): 9_080,
+    (128, 4, 1, "split", "attention", 13, False): 6_148,
+    (256, 8, 1, "split", "attention", 13, False): 3_644,
+    (512, 8, 1, "split", "attention", 4, False): 1_986,
+    (1024, 8, 1, "fp32", "attention", 0, True): 1_046,
 }
 
 
 @pytest.mark.parametrize("run, measured", MEASURED.items(), ids=str)
-def test_the_estimated_speed_is_within_5_percent_of_what_was_measured(run, measured):
-    k, sp, micro_batch, micro_batches, optimizer, recompute, keep_blocks = run
+def test_the_estimated_speed_is_within_2_percent_of_what_was_measured(run, measured):
+    k, sp, micro_batch, optimizer, recompute, keep_blocks, offload = run
     config = GPTOSSConfig(max_position_embeddings=2**20)
     settings = {
         "parameters": count_parameters(config),
@@ -44,14 +42,15 @@ def test_the_estimated_speed_is_within_5_percent_of_what_was_measured(run, measu
         "sp": sp,
         "seq_len": 1024 * k,
         "micro_batch": micro_batch,
-        "micro_batches": micro_batches,
+        "micro_batches": 1,
         "optimizer": optimizer,
         "recompute": recompute,
         "keep_blocks": keep_blocks,
+        "offload": offload,
     }
     at_once = plan.seconds(config, settings, gbps=1e9)  # as rehearsed: sending takes no time
-    tokens = 1024 * k * micro_batch * micro_batches / sp
-    assert tokens / at_once == pytest.approx(measured, rel=0.05)
+    tokens = 1024 * k * micro_batch / sp
+    assert tokens / at_once == pytest.approx(measured, rel=0.02)
 
 
 def test_sending_takes_time_only_where_it_cannot_hide():
@@ -123,14 +122,30 @@ def peaks_of(text):
 def test_verdict_of_a_run_that_fits():
     left, text = lines(80)
     assert text[0] == f"fits a GPU of 80 GiB: {left:.0f} GiB left" and left > 4
-    assert all(peak <= 0.93 * 80 for peak in peaks_of(text)) and len(peaks_of(text)) == 2
+    assert all(peak <= plan.room(80, 8) / GIB for peak in peaks_of(text))
+    assert len(peaks_of(text)) == 2
 
 
 def test_verdict_of_a_run_that_nearly_fits():
     left, text = lines(66)
-    assert 0 < left < 0.07 * 66
+    assert 0 < left < 66 - plan.room(66, 8) / GIB
     assert text[0] == f"does not fit a GPU of 66 GiB: {left:.0f} GiB left for CUDA and NCCL"
     assert peaks_of(text), "but others do"
+
+
+def test_ranks_leave_room_for_nccl():
+    """With 70 GiB of 79 a run fits one GPU that is alone, but not one of eight."""
+    assert plan.room(79, 1) - plan.room(79, 8) == plan.NCCL
+    gib = (plan.room(79, 1) + plan.room(79, 8)) / 2 / GIB
+    needed = SimpleNamespace(values=lambda: [gib * GIB])
+    for ranks, says in (1, "fits"), (8, "does not fit"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(plan, "needs", lambda config, settings: needed)
+            patch.setattr(plan, "search", lambda *_: [])
+            options = Options(batch_size=8)
+            settings = {"ranks": ranks, "adapters": None}
+            line = next(plan.verdict(options, CONFIG, settings, 79))
+        assert line.startswith(f"{says} a GPU of 79 GiB"), line
 
 
 def test_verdict_where_nothing_fits():
@@ -139,11 +154,11 @@ def test_verdict_where_nothing_fits():
     assert text[0] == f"does not fit a GPU of 24 GiB: {-left:.0f} GiB too much"
     assert text[1] == "no settings fit 8 GPUs at batch_size=1"
     gpus = int(re.match(r"(\d+) GPUs", text[2])[1])
-    assert gpus > 8 and peaks_of(text)[0] <= 0.93 * 24
+    assert gpus > 8 and peaks_of(text)[0] <= plan.room(24, gpus) / GIB
     half = parse(["configs/gptoss_1m.py", "--checkpoint=", f"--batch_size={gpus // 2}"], "")
     config = plan.model_config(half)
     settings = plan.settings_of(half, config, 8) | {"ranks": gpus // 2}
-    assert not plan.search(half, config, settings, 0.93 * 24 * GIB)
+    assert not plan.search(half, config, settings, plan.room(24, gpus // 2))
     assert "lora.py" in text[-1]
 
 
