@@ -131,6 +131,23 @@ MEASURED = {
     (2, 24, 32, 2, 1, 1, "split", "none", 0, False): 124.11,
     (2, 24, 64, 2, 1, 1, "split", "attention", 12, False): 129.23,
 }
+# The same, 2026-11-26, since the backward does without the embedding's weights: rehearsed on an
+# H100, and four real H100s.
+NOW = {
+    (8, 24, 4, 1, 8, 1, "split", "attention", 13, False): 70.46,
+    (8, 24, 16, 1, 1, 1, "split", "none", 0, False): 62.65,
+    (8, 24, 32, 1, 1, 1, "split", "attention", 13, False): 70.47,
+    (8, 24, 64, 2, 1, 1, "split", "attention", 13, False): 72.22,
+    (8, 24, 128, 4, 1, 1, "split", "attention", 13, False): 72.23,
+    (8, 24, 256, 8, 1, 1, "split", "attention", 13, False): 72.28,
+    (8, 24, 512, 8, 1, 1, "split", "attention", 4, False): 70.08,
+    (8, 24, 1024, 8, 1, 1, "fp32", "attention", 0, True): 68.64,
+    (4, 24, 4, 1, 8, 1, "split", "attention", 6, False): 72.65,
+    (4, 24, 32, 1, 1, 1, "split", "attention", 6, False): 72.66,
+    (4, 24, 64, 2, 1, 1, "split", "attention", 5, False): 70.65,
+    (4, 24, 64, 4, 1, 1, "split", "attention", 16, False): 73.18,
+    (4, 24, 128, 4, 1, 1, "split", "attention", 5, False): 70.67,
+}
 
 
 def gib(config, **run):
@@ -140,9 +157,8 @@ def gib(config, **run):
 MILLION = (8, 24, 1024, 8, 1, 1, "fp32", "all", 0, True), 67.9  # on an H100, 2026-11-25
 
 
-@pytest.mark.parametrize("run, measured", [*MEASURED.items(), MILLION], ids=str)
+@pytest.mark.parametrize("run, measured", [*MEASURED.items(), MILLION, *NOW.items()], ids=str)
 def test_the_estimate_is_within_3_percent_of_what_was_measured(run, measured, monkeypatch):
-    """All of them with the embedding gathered throughout, 1.1 GiB more than now."""
     ranks, layers, k, sp, micro_batch, number, optimizer, recompute, keep_blocks, offload = run
     if layers == 4:  # then attention's backward took all heads at once, and all came back early
         monkeypatch.setattr(budget, "tile_sizes", lambda gib: (32768, math.inf))
@@ -162,8 +178,9 @@ def test_the_estimate_is_within_3_percent_of_what_was_measured(run, measured, mo
         keep_blocks=keep_blocks,
         offload=offload,
     )
-    embedding = 2 * config.vocab_size * config.hidden_size / budget.GIB
-    assert found + embedding == pytest.approx(measured, rel=0.03)
+    if run not in NOW:  # then the embedding was gathered throughout
+        found += 2 * config.vocab_size * config.hidden_size / budget.GIB
+    assert found == pytest.approx(measured, rel=0.03)
 
 
 def test_the_estimate_of_16_ranks_is_within_3_percent_of_what_was_measured():
