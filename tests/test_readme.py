@@ -52,7 +52,7 @@ STAND_INS = {  # a command of the README: what is added to it here; None: it doe
     "python sample.py runs/gptoss_lora": "Hi --max_tokens=3",  # with a prompt it ends by itself
     "python convert_hf.py --export runs/gptoss_lora --out my-adapters --adapter": "",
     "python -m bench --against=transformers": "--rows=16 --layers=1",
-    "python -m bench --rehearse=8 --gpu_gib=79.2": "--rows=16x16",
+    "python -m bench --rehearse=8": "--rows=16x16",
     "python -m bench --adapters=whole": "--rows=16",
     "python -m bench --generate --against=transformers": "--rows=1x16",
     # tests/test_examples.py runs it
@@ -230,7 +230,7 @@ def test_figures_are_from_the_benchmarks():
     found = set(re.findall(figures, re.sub(r"https?://\S+", "", text))) - versions
     assert len(found) > 30
     assert not {figure for figure in found if figure not in benchmarks}
-    for name in "bench", "train", "train-4", "rehearse-8", "documents":
+    for name in "bench", "train", "train-4", "train-4-h100", "rehearse-8", "documents":
         for row in json.loads((ROOT / f"docs/results/{name}.json").read_text())["rows"]:
             if "error" not in row and row.get("documents") != "none":
                 speed = f"{row['tokens_per_second']:,.0f}"
