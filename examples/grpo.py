@@ -19,8 +19,8 @@ The tiny model starts where it knows how an answer looks, and often not the righ
 rounding decides, and so the machine (docs/benchmarks.md). Its first layer stays as it is: a token
 that goes to another expert there can undo every answer.
 
-`questions` and `reward` are yours to replace. Options are train.py's, but those about data and
-saved states do nothing here. The real model, on eight GPUs:
+`questions` and `reward` are yours to replace. Options and config files are train.py's, but options
+in LACKING are refused. The real model, on eight GPUs:
 
     torchrun --nproc_per_node 8 -m examples.grpo --checkpoint=checkpoints/gpt-oss-20b \\
         --lora_rank=16 --lr=1e-4 --seq_len=2048 --micro_batch=4 --recompute=attention
@@ -44,7 +44,7 @@ import train
 from generate import Decoder
 from loop.checks import check_model
 from loop.guards import fail
-from loop.options import parse
+from loop.options import parse, short
 from model import IGNORED
 from sample import chat_prompt, drawable
 from text.answers import parse as parse_answer
@@ -58,6 +58,10 @@ EVAL_ANSWERS = 32  # to each question that was kept aside
 CHATS = Path(__file__).parent.parent / "configs" / "finetune_chat.py"
 DEFAULTS = """--checkpoint=runs/partly --name=grpo --sp=2 --seq_len=160 --batch_size=64
     --micro_batch=32 --recompute=none --steps=16 --eval_every=4 --lr=1e-3 --warmup_steps=2"""
+LACKING = {  # options of what train.py does and this loop does not
+    "resume", "epochs", "dry_run", "rehearse", "data", "eval_data", "offload", "fast", "stop_after",
+    "save_every", "keep", "keep_best", "log_every", "sample", "wandb",
+}  # fmt: skip
 
 
 def questions():
@@ -161,9 +165,21 @@ def record(file, **values):
             lines.write(line + "\n")
 
 
+def check_options(options):
+    """ValueError for an option in LACKING, and for none of the model to start from."""
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if field.name in LACKING and value != field.default:
+            given = f"{field.name}={short(value, str)}"
+            raise ValueError(f"{given} is an option of train.py that GRPO lacks: leave it out")
+    if not options.checkpoint:
+        raise ValueError("checkpoint= is empty: name the model that gives the first answers")
+
+
 def learn(options):
     """The whole run. Its model is in runs/NAME/model at the end."""
-    options, config = check_model(dataclasses.replace(options, resume=False))
+    check_options(options)
+    options, config = check_model(options)
     tokenizer = get_tokenizer(find_model(options.checkpoint).tokenizer or "o200k_harmony")
     (to_learn, aside), questions_per_step = questions(), options.batch_size // GROUP
     if options.batch_size % GROUP or questions_per_step > len(to_learn):
@@ -209,7 +225,7 @@ def main(arguments):
     options = None
     try:
         usage = f"{__doc__}\nIts own defaults: {DEFAULTS}"
-        options = parse([*DEFAULTS.split(), *arguments], usage)
+        options = parse(arguments, usage, DEFAULTS)
         learn(options)
     except KeyboardInterrupt:
         raise SystemExit(130) from None

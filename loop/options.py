@@ -197,9 +197,9 @@ NONE = {  # what people look for and GPT-OSS, or this program, does not have
 # Reading
 
 
-def parse(arguments, usage):
-    """Options from a config file and the command line, in that order. ValueError names what is
-    wrong and what was probably meant."""
+def parse(arguments, usage, defaults=""):
+    """Options from `defaults`, written as on the command line, from a config file and from the
+    command line, in that order. ValueError names what is wrong and what was probably meant."""
     if "--help" in arguments or "-h" in arguments:
         print(help_text(usage))
         raise SystemExit
@@ -214,12 +214,14 @@ def parse(arguments, usage):
         if not Path(path).is_file():
             raise ValueError(f"config file {path} does not exist; this project's are in configs/")
         assigned = run_config(path)
-    given = {**assigned, **typed}
-    for name, value in given.items():
+    for name, value in {**assigned, **typed}.items():
         check_option(name, value)
-    for one, other in ("steps", "epochs"), ("epochs", "steps"):
-        if one in typed and other not in typed:
-            given.pop(other, None)  # the command line's wins over the config file's
+    given = {}
+    for each in split_arguments(defaults.split())[1], assigned, typed:  # wins over those before it
+        for one, other in ("steps", "epochs"), ("epochs", "steps"):
+            if one in each and other not in each:
+                given.pop(other, None)
+        given |= each
     if "steps" in given and given.get("epochs"):
         raise ValueError(f"steps={given['steps']} and epochs={given['epochs']}: give one of them")
     other_data = "data" in typed and typed["data"] != assigned.get("data")

@@ -2,6 +2,7 @@
 update of GRPO against its formula in fp64, and whole runs; the Slurm script."""
 
 import copy
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -37,7 +38,7 @@ from common import (
 from conftest import ROOT
 from examples import curve, grpo
 from generate import generate
-from loop.options import model_config, parse
+from loop.options import Options, model_config, parse
 from model import GPTOSS, IGNORED
 from sample import chat_prompt
 from text.tokenizer import get_tokenizer
@@ -182,7 +183,7 @@ REWARDS = torch.tensor([0, 0, 1, 0, 1, 1, 0, 0.5, 1, 1, 0, 1, 1, 1, 1, 1])
 
 
 def options_of(*arguments):
-    return parse([*grpo.DEFAULTS.split(), *RUN, *arguments], usage="")
+    return parse([*RUN, *arguments], "", grpo.DEFAULTS)
 
 
 def distances(shape):
@@ -338,6 +339,7 @@ def start_from(home):
         ("--sp=3", "sp=3 times replicas=1 must divide the number of ranks, 2"),
         ("--name=there", "runs/there already holds a run"),
         ("--batch_size=12", "batch_size=12 must be a multiple of 8 answers, to at most 15 q"),
+        ("--checkpoint=", "checkpoint= is empty: name the model that"),
     ],
 )
 def test_wrong_options_are_one_line(option, message, monkeypatch, tmp_path):
@@ -348,6 +350,40 @@ def test_wrong_options_are_one_line(option, message, monkeypatch, tmp_path):
     start_from(tmp_path)
     with pytest.raises(ValueError, match=message):
         grpo.learn(options_of("--checkpoint=runs/start/model", option))
+
+
+TAKEN = {"name", "steps", "seed", "checkpoint", "seq_len", "batch_size", "micro_batch", "lr"}
+TAKEN |= {"warmup_steps", "weight_decay", "grad_clip", "optimizer", "lora_rank", "lora_alpha"}
+TAKEN |= {"lora_targets", "lora_layers", "frozen", "shard_frozen", "gpu_gib", "sp", "replicas"}
+TAKEN |= {"recompute", "keep_blocks", "deterministic", "timeout", "eval_every"}
+TAKEN |= {"ranks", "gbps"}  # of a rehearsal, as in any other run of train.py
+
+
+def test_every_option_is_taken_or_refused(monkeypatch, tmp_path):
+    """With one line, before there is a folder: on the command line and in a config file."""
+    fields = {f.name: f for f in dataclasses.fields(Options)}
+    assert fields.keys() == TAKEN | grpo.LACKING | vars(SIZES).keys()
+    assert not TAKEN & grpo.LACKING
+    monkeypatch.chdir(tmp_path)
+    start_from(tmp_path)
+    for name in sorted(grpo.LACKING):
+        field = fields[name]
+        value = {bool: not field.default, str: "x", int: 7, float: 7.0}[field.type]
+        Path("mine.py").write_text(f"{name} = {value!r}")
+        for given in f"--{name}={value}", "mine.py":
+            with pytest.raises(ValueError) as error:
+                grpo.learn(options_of("--recompute=all", "--checkpoint=runs/start/model", given))
+            lacks = f"{name}={value} is an option of train.py that GRPO lacks: leave it out"
+            assert str(error.value) == lacks
+    assert not Path("runs/grpo").exists()
+
+
+def test_a_config_file_wins_over_the_defaults(tmp_path):
+    (tmp_path / "mine.py").write_text("lr, batch_size, epochs = 0.5, 8, 2")
+    told = [str(tmp_path / "mine.py"), "--batch_size=24"]
+    options = parse(told, "", grpo.DEFAULTS)
+    assert (options.lr, options.batch_size, options.sp, options.name) == (0.5, 24, 2, "grpo")
+    assert options.epochs == 2  # which leaves no steps to contradict it
 
 
 def run_grpo(rank):
@@ -361,7 +397,7 @@ def test_a_run_of_adapters(tmp_path, monkeypatch):
     """On two ranks, from a folder of weights to adapters that are found with their tokenizer."""
     start_from(tmp_path)
     arguments = ["--checkpoint=runs/start/model", "--steps=1", "--lora_rank=2"]
-    arguments = [*grpo.DEFAULTS.split(), *RUN, "--seq_len=160", *arguments]
+    arguments = [*RUN, "--seq_len=160", *arguments]
     text = runs.train(tmp_path, *arguments, ranks=2, prepare=run_grpo)
     assert "adapters are in runs/grpo/model" in text
     rows = runs.logged(tmp_path, "grpo")
