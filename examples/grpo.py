@@ -157,6 +157,12 @@ def update(options, model, optimizer, batches, lr):
     return norm
 
 
+def evaluates(options, step):
+    """Whether the questions that were kept aside are asked before this step, or after the last."""
+    every = options.eval_every
+    return every > 0 and (step % every == 0 or step == options.steps)
+
+
 def record(file, **values):
     if dist.get_rank() == 0:
         line = json.dumps({name: round(value, 4) for name, value in values.items()})
@@ -201,7 +207,7 @@ def learn(options):
         (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
     for step in range(options.steps + 1):
-        if step == options.steps or step % (options.eval_every or options.steps) == 0:
+        if evaluates(options, step):
             *_, rewards = draw(options, decoder, tokenizer, aside, EVAL_ANSWERS, seed=step)
             record(metrics, step=step, aside=rewards.mean().item())
         if step == options.steps:

@@ -386,6 +386,12 @@ def test_a_config_file_wins_over_the_defaults(tmp_path):
     assert options.epochs == 2  # which leaves no steps to contradict it
 
 
+@pytest.mark.parametrize("every, expected", [(0, []), (2, [0, 2, 4, 5]), (9, [0, 5])])
+def test_when_it_evaluates(every, expected):
+    options = options_of("--steps=5", f"--eval_every={every}")
+    assert [step for step in range(6) if grpo.evaluates(options, step)] == expected
+
+
 def run_grpo(rank):
     """In train.py's place, with a reward that any model can get."""
     grpo.EVAL_ANSWERS = 2
