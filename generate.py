@@ -251,7 +251,8 @@ class Decoder:
             weight = model.embedding.weight
             self.captures = capturable(model, slots) if graphs is None else graphs
         self.model, self.slots, self.capacity = model, slots, capacity
-        self.temperature, self.top_p, self.device = temperature, top_p, weight.device
+        self.temperature, self.top_p = temperature, top_p
+        self.device = model.norm.weight.device  # an embedding may lie in host memory
         self.drawable = None if drawable is None else drawable.to(self.device)
         self.keys, self.values = [], []
         for layer in range(config.num_hidden_layers):

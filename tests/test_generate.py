@@ -156,6 +156,19 @@ def test_memory_of_the_cache():
     assert decoder.keys[1].shape[2] == 40  # odd layers see everything
 
 
+def test_a_decoder_is_where_the_model_computes():
+    """And not where an embedding in host memory lies. The meta device stands in for a GPU."""
+    with torch.device("meta"):
+        model = GPTOSS(tiny_config())
+    model.embedding = GPTOSS(model.config).embedding
+    drawable = torch.ones(model.config.vocab_size, dtype=torch.bool)
+    decoder = Decoder(model, slots=2, capacity=8, drawable=drawable)
+    held = [x for x in vars(decoder).values() if torch.is_tensor(x)]
+    assert len(held) == 6 and decoder.keys and decoder.values
+    for x in [*held, *decoder.keys, *decoder.values]:
+        assert x.device.type == decoder.device.type == "meta"
+
+
 def test_generation_keeps_no_graph():
     model = noise_(GPTOSS(tiny_config()))
     decoder = Decoder(model, 2, 30)
