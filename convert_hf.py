@@ -533,6 +533,7 @@ def main(arguments=None):
     add("--state", help="of the run to export: best, last, or a number of steps")
     add("--mxfp4", action="store_true", help="export experts in MXFP4")
     add("--adapter", action="store_true", help="export a run's adapters alone, as PEFT keeps them")
+    add("--base", metavar="NAME", help="with --adapter: the model they are for, as on the Hub")
     add(
         "--dtype",
         choices=["float32", "bfloat16"],
@@ -547,6 +548,8 @@ def main(arguments=None):
     merged = options.mxfp4 or options.dtype or options.tokenizer
     if options.source and (merged or options.adapter or options.state):
         parser.error("--mxfp4, --dtype, --tokenizer, --state and --adapter belong to --export")
+    if options.base is not None and not (options.adapter and options.base):
+        parser.error("--base names the model that an export with --adapter is for")
     if options.adapter and (merged or options.state):
         parser.error(
             "--adapter writes a finished run's adapters as they are: "
@@ -554,8 +557,9 @@ def main(arguments=None):
         )
     try:
         if options.adapter:
-            lora.write_peft(find_model(options.export).weights, options.out)
-            print(f"{options.out} is ready for PEFT, on transformers' model of the base")
+            base = lora.write_peft(find_model(options.export).weights, options.out, options.base)
+            unnamed = "the base, which it does not name: for AutoPeftModelForCausalLM give --base"
+            print(f"{options.out} is ready for PEFT, on transformers' model of {base or unnamed}")
             return
         if options.export:
             dtype = getattr(torch, options.dtype) if options.dtype else None

@@ -15,7 +15,7 @@ Letters in shapes are model.py's and fast.py's, and r the rank.
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import safetensors.torch
@@ -493,16 +493,34 @@ def peft_tensors(name, a, b, config):
     return {module: (a.mT.flatten(0, 1), b.permute(2, 1, 0).flatten(1))}
 
 
-def write_peft(folder, out):
+RELEASED = {  # models of openai/ on the Hub: sizes in which they differ from GPTOSSConfig()
+    "gpt-oss-20b": {},
+    "gpt-oss-120b": {"num_hidden_layers": 36, "num_experts": 128},
+}
+
+
+def released(folder, config):
+    """The name on the Hub of the released model that is in `folder`, by the name that
+    convert_hf.py gives an import and by its sizes; or None."""
+    name = Path(folder).name.removesuffix("-packed")
+    if name in RELEASED and config == replace(GPTOSSConfig(), **RELEASED[name]):
+        return f"openai/{name}"
+    return None
+
+
+def write_peft(folder, out, base=None):
     """Write adapters as adapter_config.json and adapter_model.safetensors, which PEFT loads on
     transformers' model of the base: PeftModel.from_pretrained(model, out). Experts' adapters want
-    a base that is not packed there, Mxfp4Config(dequantize=True). ValueError if `folder` holds no
-    adapters, or `out` anything."""
+    a base that is not packed there, Mxfp4Config(dequantize=True). `base`: the name or folder of
+    that model, which AutoPeftModelForCausalLM opens; None: as `released` knows it, because
+    transformers cannot open a base of ours. Returns the name that was written, or None. ValueError
+    if `folder` holds no adapters, or `out` anything."""
     if not exists(Path(folder) / ADAPTERS):
         raise ValueError(f"{folder} holds no adapters: export it without --adapter")
     refuse_occupied(Path(out))
     settings = read_settings(folder)
     config = GPTOSSConfig.from_json(Path(settings["base"]) / "config.json")
+    base = base or released(settings["base"], config)
     opened, tensors, modules, parameters = open_adapters(folder), {}, {}, {}
     for stem in stems(opened):
         _, layer, name = stem.split(".", 2)
@@ -524,7 +542,7 @@ def write_peft(folder, out):
     given = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": settings["base"],
+        "base_model_name_or_path": base,
         "r": settings["rank"],
         "lora_alpha": settings["alpha"],
         "lora_dropout": 0.0,
@@ -537,3 +555,4 @@ def write_peft(folder, out):
     with Aside(out) as aside:
         (aside / "adapter_model.safetensors").write_bytes(safetensors.torch.save(tensors))
         (aside / "adapter_config.json").write_text(json.dumps(given, indent=2) + "\n")
+    return base

@@ -1,5 +1,6 @@
 """Folders with adapters: saved and found again, merged, exported for PEFT and transformers."""
 
+import dataclasses
 import json
 import re
 import warnings
@@ -20,7 +21,7 @@ from lora_models import (
     write_adapters,
     write_base,
 )
-from model import GPTOSS
+from model import GPTOSS, GPTOSSConfig
 from weights import find_model
 
 # --------------------------------------------------------------------------------------------------
@@ -156,6 +157,49 @@ def test_peft_loads_adapters(tmp_path, targets, layers):
     logits = theirs(tokens).logits
     assert relative(logits, model(tokens)) < 1e-5
     assert relative(before, logits) > 1e-2
+
+
+def test_peft_finds_the_base_that_is_named(tmp_path, capsys, monkeypatch):
+    """It opens a folder of transformers', not ours, and computes our logits."""
+    peft = pytest.importorskip("peft", reason="PEFT is the reference: pip install peft")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # PEFT would look for a tokenizer there
+    base, theirs = write_base(tmp_path / "base"), str(tmp_path / "theirs")
+    model = write_adapters(tmp_path / "run", base)
+    convert_hf.main(["--export", str(base), "--out", theirs])
+    for out, given in ("named", [f"--base={theirs}"]), ("unnamed", []):
+        capsys.readouterr()
+        convert_hf.main(["--export", "run", "--out", out, "--adapter", *given])
+        config = (tmp_path / out / "adapter_config.json").read_text()
+        name = json.loads(config)["base_model_name_or_path"]
+        said = capsys.readouterr().out
+        assert name == (theirs if given else None) and (str(base) not in config)
+        assert said.endswith(f"model of {theirs}\n" if given else "give --base\n")
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    found = peft.AutoPeftModelForCausalLM.from_pretrained("named", dtype=torch.float32, **eager)
+    for layer in found.base_model.model.model.layers:
+        layer.mlp.experts.limit = CONFIG.swiglu_limit
+    tokens, _ = batch(CONFIG, 2, 29)
+    assert relative(found(tokens).logits, model(tokens)) < 1e-5
+    for wrong in ["--adapter", "--base="], [f"--base={theirs}"]:
+        with pytest.raises(SystemExit):
+            convert_hf.main(["--export", "run", "--out", "out", *wrong])
+        assert "--base names the model that an export with --adapter" in capsys.readouterr().err
+
+
+def test_released_models_are_known_by_name_and_sizes():
+    """A model of their sizes with another name may have been trained further."""
+    small = GPTOSSConfig()
+    large = dataclasses.replace(small, num_hidden_layers=36, num_experts=128)
+    for folder, config, name in [
+        ("checkpoints/gpt-oss-20b", small, "openai/gpt-oss-20b"),
+        ("/disk/gpt-oss-20b-packed", small, "openai/gpt-oss-20b"),
+        ("checkpoints/gpt-oss-120b", large, "openai/gpt-oss-120b"),
+        ("checkpoints/gpt-oss-120b", small, None),
+        ("checkpoints/gpt-oss-20b", dataclasses.replace(small, hidden_size=64), None),
+        ("runs/mine/model", small, None),
+    ]:
+        assert lora.released(folder, config) == name
 
 
 def test_what_is_no_adapter_is_not_exported_as_one(tmp_path, capsys):
