@@ -260,14 +260,22 @@ def describe_lost(store, silent=None):
 
 
 def memory_advice(options):
-    """The options that can still save memory, the cheapest first."""
+    """The options that can still save memory, in the order of docs/training.md."""
+    ranks = int(os.environ.get("WORLD_SIZE", options.ranks if options.rehearse else 1))
+    adapters, targets = options.lora_rank > 0, options.lora_targets
+    # adapters on attention are too few for their optimizer to matter
+    large = any(name in targets for name in ("experts", "gate_up", "down", "all", "embedding"))
+    fp32 = options.optimizer == "fp32"
     advice = [
         (options.keep_blocks > 0 and options.recompute != "none", "a smaller --keep_blocks"),
         (options.recompute == "none", "--recompute=attention"),
         (options.micro_batch > 1, "a smaller --micro_batch"),
-        (options.optimizer == "fp32", "--optimizer=split (10 bytes per parameter instead of 16)"),
+        (adapters and options.frozen == "bf16", "--frozen=mxfp4 (on a base imported --packed)"),
+        (adapters and not options.shard_frozen and ranks > options.replicas, "--shard_frozen"),
+        (options.sp < ranks, "a larger --sp"),
+        (fp32 and (large or not adapters), "--optimizer=split (10 bytes per parameter, not 16)"),
         (not options.offload, "--offload --keep_blocks=0 (blocks' inputs to host memory)"),
-        (options.recompute == "attention", "--recompute=all"),
+        (options.recompute != "all", "--recompute=all"),
         (True, "a larger --sp over more GPUs, or a shorter --seq_len"),
     ]
     return "out of memory: try " + ", then ".join(text for applies, text in advice if applies)

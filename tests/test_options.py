@@ -17,9 +17,12 @@ from conftest import ROOT
 from loop.checks import check_launch
 from loop.guards import memory_advice
 from loop.options import NONE, REMOVED, SAME, Options, help_text, parse
+from loop.plan import peak, settings_of
 from model import GPTOSSConfig
 from runs import NO_GPU, make_home
 from test_train import fresh_model, tiny_options
+
+TRAINING = (ROOT / "docs/training.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -260,17 +263,60 @@ def test_one_rank_prints_a_dry_run(monkeypatch, capsys):
         assert bool(capsys.readouterr().out) == (rank == "0")
 
 
-def test_advice_when_memory_runs_out():
-    """The cheapest first, and nothing that would not help."""
-    start = "out of memory: try "
-    keeping = memory_advice(Options(recompute="attention", keep_blocks=3, optimizer="split"))
-    assert keeping.startswith(f"{start}a smaller --keep_blocks, then --offload --keep_blocks=0 (")
-    assert "optimizer" not in keeping and "micro_batch" not in keeping
-    nothing = memory_advice(Options(recompute="none", keep_blocks=3, micro_batch=2))
-    first = "--recompute=attention, then a smaller --micro_batch, then --optimizer=split ("
-    assert nothing.startswith(start + first)
-    last = memory_advice(Options(offload=True, optimizer="split"))
-    assert last == f"{start}a larger --sp over more GPUs, or a shorter --seq_len"
+LORA = {"lora_rank": 16, "dry_run": True, "micro_batch": 1}
+RUNS_THAT_ARE_FULL = {  # of the 20b, on eight GPUs if nothing else is said
+    "every weight": {"recompute": "none"},
+    "some blocks kept": {"recompute": "attention", "keep_blocks": 8},
+    "nearly all done": {"recompute": "all", "sp": 8, "micro_batch": 1, "optimizer": "split"},
+    "adapters on attention": {**LORA, "recompute": "attention", "keep_blocks": 8},
+    "on all, one GPU": {**LORA, "lora_targets": "all", "world": 1, "recompute": "none"},
+    "packed and shared": {**LORA, "frozen": "mxfp4", "shard_frozen": True, "sp": 2},
+    "packed, embedding trained": {**LORA, "frozen": "mxfp4", "lora_targets": "qkv,embedding"},
+}
+ADVICE = {  # in memory_advice: what it changes
+    "a smaller --keep_blocks": {"keep_blocks": 4},
+    "--recompute=attention": {"recompute": "attention"},
+    "a smaller --micro_batch": {"micro_batch": 1},
+    "--frozen=mxfp4": {"frozen": "mxfp4"},
+    "--shard_frozen": {"shard_frozen": True},
+    "a larger --sp": {"sp": 8},
+    "--optimizer=split": {"optimizer": "split"},
+    "--offload --keep_blocks=0": {"offload": True, "keep_blocks": 0},
+    "--recompute=all": {"recompute": "all"},
+}
+
+
+@pytest.mark.parametrize("told", RUNS_THAT_ARE_FULL.values(), ids=RUNS_THAT_ARE_FULL)
+def test_advice_when_memory_runs_out(told, monkeypatch):
+    """What would help by the dry run's arithmetic, after what comes before it, and nothing else, in
+    the order of docs/training.md."""
+    told = {"seq_len": 2**16, "batch_size": 64, "micro_batch": 2} | told
+    world = told.pop("world", 8)
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    options = Options(**told)
+    start, *advice = re.split("(?:^out of memory: try |, then )", memory_advice(options))
+    assert start == "" and advice.pop() == "a larger --sp over more GPUs, or a shorter --seq_len"
+    advice = [text.split(" (")[0] for text in advice]
+
+    def gib(options):
+        config = GPTOSSConfig()
+        return peak(config, settings_of(options, config, world)) / 2**30
+
+    needed = gib(options)
+    for text, change in ADVICE.items():
+        if text == "a larger --sp" and world == 1 or "frozen" in text and not options.lora_rank:
+            assert text not in advice
+            continue
+        try:
+            changed = dataclasses.replace(options, **change)
+        except ValueError:  # offload, where nothing is recomputed yet
+            changed = dataclasses.replace(options, **change, recompute="attention")
+        saves = needed - gib(changed)
+        assert (text in advice) == (saves > 0.1), (text, saves)
+    order = re.search(r"When it does not fit, (.*?) A run", TRAINING, re.DOTALL)[1]
+    order = re.findall(r"`([\w=]+)`", order)
+    places = [order.index(re.search(r"--([\w=]+)", text)[1]) for text in advice]
+    assert places == sorted(places) and len(order) == len(ADVICE) + 1
 
 
 def test_dry_run_counts_every_option_of_memory(monkeypatch, capsys):
