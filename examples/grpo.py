@@ -236,7 +236,7 @@ def main(arguments):
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except Exception as error:
-        fail(error, options)
+        fail(error, options, lacking=LACKING)
 
 
 if __name__ == "__main__":

@@ -198,10 +198,11 @@ class Watch:
 # The end of a run that failed
 
 
-def fail(error, options, silent=None):
+def fail(error, options, silent=None, lacking=()):
     """Say what went wrong and end this rank at once: a thread that waits for other ranks must not
     keep it alive. One line for what the user can fix, a traceback for a bug. If ranks fail alike,
-    one of them speaks. `silent`: the ranks that missed a roll call, if there was one."""
+    one of them speaks. `silent`: the ranks that missed a roll call, if there was one; `lacking`:
+    options that this program does not have."""
     store = torchrun_store()
     from_gloo = isinstance(error, RuntimeError) and "gloo" in str(error)
     lost = isinstance(error, dist.DistError) or from_gloo
@@ -211,7 +212,7 @@ def fail(error, options, silent=None):
         text += f" ({first_line})"
     elif out_of_memory(error):
         rank = os.environ.get("RANK", 0)
-        text = f"error: rank {rank}: {first_line}\n{memory_advice(options)}"
+        text = f"error: rank {rank}: {first_line}\n{memory_advice(options, lacking)}"
     elif isinstance(error, (ValueError, OSError, FloatingPointError)):
         text = f"error: {error}"
     else:
@@ -259,7 +260,7 @@ def describe_lost(store, silent=None):
     return f"rank {names} died or hangs" if silent else "ranks lost each other"
 
 
-def memory_advice(options):
+def memory_advice(options, lacking=()):
     """The options that can still save memory, in the order of docs/training.md."""
     ranks = int(os.environ.get("WORLD_SIZE", options.ranks if options.rehearse else 1))
     adapters, targets = options.lora_rank > 0, options.lora_targets
@@ -274,7 +275,10 @@ def memory_advice(options):
         (adapters and not options.shard_frozen and ranks > options.replicas, "--shard_frozen"),
         (options.sp < ranks, "a larger --sp"),
         (fp32 and (large or not adapters), "--optimizer=split (10 bytes per parameter, not 16)"),
-        (not options.offload, "--offload --keep_blocks=0 (blocks' inputs to host memory)"),
+        (
+            not options.offload and "offload" not in lacking,
+            "--offload --keep_blocks=0 (blocks' inputs to host memory)",
+        ),
         (options.recompute != "all", "--recompute=all"),
         (True, "a larger --sp over more GPUs, or a shorter --seq_len"),
     ]

@@ -378,6 +378,16 @@ def test_every_option_is_taken_or_refused(monkeypatch, tmp_path):
     assert not Path("runs/grpo").exists()
 
 
+def test_out_of_memory_names_no_option_that_is_refused(monkeypatch):
+    told, error = [], torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(grpo, "learn", lambda options: (_ for _ in ()).throw(error))
+    monkeypatch.setattr("loop.guards.first_to_say", lambda text, store: told.append(text))
+    monkeypatch.setattr("os._exit", told.append)
+    grpo.main(["--recompute=attention"])
+    assert told[1] == 1 and "out of memory: try a smaller --micro_batch" in told[0]
+    assert not grpo.LACKING & set(re.findall(r"--(\w+)", told[0]))
+
+
 def test_a_config_file_wins_over_the_defaults(tmp_path):
     (tmp_path / "mine.py").write_text("lr, batch_size, epochs = 0.5, 8, 2")
     told = [str(tmp_path / "mine.py"), "--batch_size=24"]
