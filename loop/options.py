@@ -142,9 +142,7 @@ REMOVED = {  # options of earlier versions, and what to do now
     "optimizer=bf16": "optimizer=bf16 is gone, because it loses small updates: choose split",
 }
 
-SAME = {  # what other programs call our options
-    "accumulate_grad_batches": "batch_size",
-    "activation_checkpointing": "recompute",
+SAME = {  # what other programs call our options, with values that mean the same here
     "block_size": "seq_len",
     "clip_grad": "grad_clip",
     "context_length": "seq_len",
@@ -153,9 +151,6 @@ SAME = {  # what other programs call our options
     "d_model": "hidden_size",
     "eval_interval": "eval_every",
     "eval_steps": "eval_every",
-    "grad_accum": "batch_size",
-    "gradient_accumulation_steps": "batch_size",
-    "gradient_checkpointing": "recompute",
     "learning_rate": "lr",
     "log_interval": "log_every",
     "logging_steps": "log_every",
@@ -164,6 +159,7 @@ SAME = {  # what other programs call our options
     "max_length": "seq_len",
     "max_seq_len": "seq_len",
     "max_steps": "steps",
+    "max_train_steps": "steps",
     "micro_batch_size": "micro_batch",
     "model": "checkpoint",
     "model_name_or_path": "checkpoint",
@@ -176,8 +172,7 @@ SAME = {  # what other programs call our options
     "num_layers": "num_hidden_layers",
     "num_local_experts": "num_experts",
     "num_train_epochs": "epochs",
-    "out_dir": "name",
-    "output_dir": "name",
+    "num_train_steps": "steps",
     "per_device_train_batch_size": "micro_batch",
     "save_steps": "save_every",
     "save_total_limit": "keep",
@@ -187,8 +182,24 @@ SAME = {  # what other programs call our options
     "warmup_iters": "warmup_steps",
 }
 
-NONE = {  # what people look for and GPT-OSS, or this program, does not have
+ACCUMULATION = (
+    "how many micro-batches a step has follows from batch_size, its sequences over all ranks, and "
+    "micro_batch, those that pass a rank's model at a time"
+)
+RECOMPUTING = "recompute is none, attention or all"
+FOLDER = "a run's files go to runs/NAME: set name"
+NONE = {  # what people look for and GPT-OSS, or this program, does not have, or not like that
+    "accumulate_grad_batches": ACCUMULATION,
+    "accumulation_steps": ACCUMULATION,
+    "activation_checkpointing": RECOMPUTING,
     "dropout": "GPT-OSS has none",
+    "eval_iters": "an evaluation takes all held-out data, up to 2M tokens",
+    "grad_accum": ACCUMULATION,
+    "grad_accum_steps": ACCUMULATION,
+    "gradient_accumulation_steps": ACCUMULATION,
+    "gradient_checkpointing": RECOMPUTING,
+    "out_dir": FOLDER,
+    "output_dir": FOLDER,
     "compile": "what gains by it is compiled anyway; --fast=false turns it off",
 }
 
@@ -276,9 +287,9 @@ def check_option(name, value):
     if name in REMOVED:
         raise ValueError(REMOVED[name])
     key = name.replace("-", "_")
-    if key in NONE:
-        raise ValueError(f"there is no option {name}: {NONE[key]}")
-    near = difflib.get_close_matches(key, [*kinds, *SAME], 1, cutoff=0.8)
+    near = difflib.get_close_matches(key, [*kinds, *SAME, *NONE], 1, cutoff=0.8)
+    if near and near[0] in NONE:
+        raise ValueError(f"there is no option {name}: {NONE[near[0]]}")
     meant = SAME.get(near[0], near[0]) if near else None
     if near and key in SAME:
         raise ValueError(f"there is no option {name}; here it is called {meant}")

@@ -160,7 +160,12 @@ def test_every_option_of_a_config_or_the_readme_exists():
         ("learning_rtae", "did you mean lr"),
         ("block_size", "it is called seq_len"),
         ("n_layer", "it is called num_hidden_layers"),
-        ("grad_accum", "it is called batch_size"),
+        ("grad_accum", "how many micro-batches a step has follows from batch_size"),
+        ("gradient_accumulation", "how many micro-batches a step has follows from batch_size"),
+        ("gradient-checkpointing", "recompute is none, attention or all"),
+        ("output_dir", "go to runs/NAME: set name"),
+        ("eval_iters", "takes all held-out data"),
+        ("num_train_steps", "it is called steps"),
         ("warmup_step", "did you mean warmup_steps"),
         ("batch-size", "did you mean batch_size"),
         ("dropout", "GPT-OSS has none"),
@@ -175,6 +180,7 @@ def test_hints(wrong, hint):
 def test_the_words_of_hints_exist():
     names = {f.name for f in dataclasses.fields(Options)}
     assert set(SAME.values()) <= names and not names & {*SAME, *NONE, *REMOVED}
+    assert not SAME.keys() & NONE.keys()
 
 
 @pytest.mark.parametrize("name", [name for name in REMOVED if "=" not in name])
