@@ -242,22 +242,17 @@ class TokenData:
 
     Sequences are packed once, by the seed; epoch e takes all of them in an order drawn by (seed,
     e). A document of n tokens is n - 1 pairs of a token and the next. One of more than seq_len
-    pairs is cut into pieces of seq_len and a rest ("cut": no pair is lost, only the context before
-    a cut), or left out ("drop").
+    pairs is cut into pieces of seq_len and a rest: no pair is lost, only the context before a cut.
 
     Public: sequences_per_epoch; documents, tokens: of the whole corpus; counted: targets an epoch
-    trains on; padding: share of an epoch's places that hold no pair; dropped: documents left out;
-    tokenizer: its name; vocab_size; identity: a text that differs where the corpus does."""
+    trains on; padding: share of an epoch's places that hold no pair; tokenizer: its name;
+    vocab_size; identity: a text that differs where the corpus does."""
 
-    def __init__(self, path, seq_len, *, seed=0, long_documents="cut", vocab_size=None):
+    def __init__(self, path, seq_len, *, seed=0, vocab_size=None):
         """`vocab_size` is the model's: ValueError if the corpus was encoded with a larger one."""
         for name, value, least in (("seq_len", seq_len, 2), ("seed", seed, 0)):
             if type(value) is not int or value < least:
                 raise ValueError(f"{name}={value!r}: needs a whole number, {least} or more")
-        if long_documents not in ("cut", "drop"):
-            raise ValueError(
-                f'long_documents={long_documents!r}: choose "cut" (into pieces) or "drop"'
-            )
         opened = open_corpus(path)
         tokenizer, self.stream, documents, self.counted_stream, self.identity, targets = opened
         self.path, self.seq_len, self.seed = path, seq_len, seed
@@ -270,17 +265,14 @@ class TokenData:
             )
 
         starts, pairs = documents[:-1], np.diff(documents) - 1
-        used = (pairs <= seq_len) | (long_documents == "cut")
-        self.documents, self.tokens, self.dropped = len(pairs), len(self.stream), int((~used).sum())
-        self.counted = int(targets[used].sum())
+        self.documents, self.tokens = len(pairs), len(self.stream)
+        self.counted = int(targets.sum())
         if not self.counted:
             raise ValueError(
-                f"{path}: no target is left to train on with seq_len={seq_len} and "
-                f"long_documents={long_documents!r} ({self.dropped} of {self.documents} documents "
-                "dropped): use more data or a larger seq_len"
+                f"{path}: has no target to train on in {self.documents} documents: use other data "
+                "(data.py --show=3 marks what is counted)"
             )
 
-        starts, pairs = starts[used], pairs[used]
         pieces = -(-pairs // seq_len)
         before = np.repeat(np.cumsum(pieces) - pieces, pieces)  # pieces of earlier documents
         offsets = (np.arange(pieces.sum()) - before) * seq_len  # of each piece in its document
@@ -299,7 +291,7 @@ class TokenData:
         return (
             f"{self.path}: {self.documents:,} documents, {self.tokens:,} tokens "
             f"({self.tokenizer}), {self.counted:,} counted; {self.sequences_per_epoch:,} sequences "
-            f"of {self.seq_len:,}, {self.padding:.2%} padding, {self.dropped:,} documents dropped"
+            f"of {self.seq_len:,}, {self.padding:.2%} padding"
         )
 
     def pieces(self, index):

@@ -73,7 +73,7 @@ BAD_CORPORA = {
     "huge offset": (store("documents.bin", "<u8", 0, 2**64 - 5, 11), "documents.bin: must rise"),
     "first tokens alone counted": (
         damaged(lambda path: write_folder(path, [5, 6], counted=[1, *[0] * 4, 1, *[0] * 5])),
-        "no target is left",
+        "no target to train on in 2 documents",
     ),
     "meta is no JSON": (text("meta.json", "{"), "meta.json: is not what data.py writes"),
     "meta is nested": (text("meta.json", "[" * 60_000), "meta.json: is not what data.py writes"),
@@ -112,7 +112,6 @@ def test_bad_corpus_is_refused(tmp_path, make, message):
         ({"seq_len": True}, "seq_len=True"),
         ({"seed": -1}, "seed=-1"),
         ({"seed": None}, "seed=None"),
-        ({"long_documents": "keep"}, "long_documents='keep': choose"),
         ({"vocab_size": 256}, "vocabulary of 257, but the model has vocab_size=256"),
     ],
 )
@@ -121,9 +120,10 @@ def test_bad_options_are_refused(options, message):
         TokenData("pydoc", **{"seq_len": 4, **options})
 
 
-def test_all_documents_dropped(tmp_path):
-    with pytest.raises(ValueError, match="2 of 2 documents dropped"):
-        TokenData(write_folder(tmp_path / "c", [6, 7]), 4, long_documents="drop")
+def test_documents_without_a_target(tmp_path):
+    """Those of one token have none, whatever is counted."""
+    with pytest.raises(ValueError, match="c: has no target to train on in 2 documents: use other"):
+        TokenData(write_folder(tmp_path / "c", [1, 1]), 4)
 
 
 def test_the_largest_fitting_vocabulary_is_accepted(tmp_path):

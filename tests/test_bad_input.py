@@ -234,7 +234,11 @@ BAD = {  # case: (arguments, what is prepared, what the message must say)
         "documents.bin",
         "rise",
     ),
-    "nothing counted": ("tiny.py --data=bad", corpus(zeros("counted.bin")), "no target is left"),
+    "nothing counted": (
+        "tiny.py --data=bad",
+        corpus(zeros("counted.bin")),
+        "no target to train on",
+    ),
     "less data than a batch": ("tiny.py --batch_size=4000", None, "data=corpus", "batch_size=4000"),
     "data for a larger model": ("tiny.py --vocab_size=100", None, "vocab_size=100", "another"),
     # a checkpoint

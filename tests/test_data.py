@@ -175,7 +175,7 @@ def test_command_line(tmp_path, capsys):
     done = command_line(path, "--out", tmp_path / "out", "--tokenizer=bytes", "--seq_len=5")
     assert done.returncode == 0, done.stderr
     assert "3 documents, 12 tokens, 12 counted" in done.stdout
-    told = "12 tokens (bytes), 9 counted; 2 sequences of 5, 10.00% padding, 0 documents dropped"
+    told = "12 tokens (bytes), 9 counted; 2 sequences of 5, 10.00% padding\n"
     assert told in done.stdout
     assert "100%" in done.stderr  # the bar
 
@@ -236,10 +236,9 @@ def test_a_damaged_vocabulary_is_one_line(tmp_path, monkeypatch):
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=30),
     seq_len=st.integers(2, 24),
     seed=st.integers(0, 2**32),
-    long_documents=st.sampled_from(["cut", "drop"]),
     marks=st.none() | st.integers(0, 2**32),
 )
-def test_every_pair_once(tmp_path_factory, lengths, seq_len, seed, long_documents, marks):
+def test_every_pair_once(tmp_path_factory, lengths, seq_len, seed, marks):
     total = sum(lengths)
     counted = None if marks is None else np.random.default_rng(marks).integers(0, 2, total)
     folder = write_folder(tmp_path_factory.mktemp("corpus"), lengths, counted)
@@ -247,8 +246,6 @@ def test_every_pair_once(tmp_path_factory, lengths, seq_len, seed, long_document
 
     def expected():  # each document cut into pieces, as a reader would by hand
         for start, end in zip(starts, starts[1:]):
-            if long_documents == "drop" and end - start - 1 > seq_len:
-                continue
             for first in range(start, end - 1, seq_len):
                 last = min(first + seq_len, end - 1)
                 inputs = [i % 257 for i in range(first, last)]
@@ -258,10 +255,10 @@ def test_every_pair_once(tmp_path_factory, lengths, seq_len, seed, long_document
     pieces = list(expected())
     count = sum(target != -100 for _, targets in pieces for target in targets)
     if not count:
-        with pytest.raises(ValueError, match="no target is left"):
-            TokenData(folder, seq_len, seed=seed, long_documents=long_documents)
+        with pytest.raises(ValueError, match=f"no target to train on in {len(lengths)} documents"):
+            TokenData(folder, seq_len, seed=seed)
         return
-    read = TokenData(folder, seq_len, seed=seed, long_documents=long_documents)
+    read = TokenData(folder, seq_len, seed=seed)
     tokens, targets, documents = read.batch(range(read.sequences_per_epoch))
     found, padding = [], 0
     for b in range(read.sequences_per_epoch):
@@ -282,8 +279,6 @@ def test_every_pair_once(tmp_path_factory, lengths, seq_len, seed, long_document
     assert sorted(found) == sorted(pieces)
     assert read.counted == count == int((targets != -100).sum())
     assert read.padding == pytest.approx(padding / tokens.numel(), abs=1e-12)
-    long = sum(length - 1 > seq_len for length in lengths)
-    assert read.dropped == (long if long_documents == "drop" else 0)
     assert (read.documents, read.tokens) == (len(lengths), total)
 
 
@@ -294,15 +289,17 @@ def test_a_long_document_is_cut_and_keeps_every_target(tmp_path):
     assert tokens[order].tolist() == [[50, 51, 52, 53], [54, 55, 56, 57], [58, 59, 61, 62]]
     assert targets[order].tolist() == [[51, 52, 53, 54], [55, 56, 57, 58], [59, 60, 62, 63]]
     assert documents[order].tolist() == [[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 1, 1]]
-    dropped = TokenData(write_folder(tmp_path / "c", [11, 3], seed=50), 4, long_documents="drop")
-    assert [t.tolist() for t in dropped.batch([0])] == [
+    assert read.describe().endswith("12 counted; 3 sequences of 4, 0.00% padding")
+
+
+def test_a_short_document_is_padded(tmp_path):
+    read = TokenData(write_folder(tmp_path / "c", [3], seed=61), 4)
+    assert [x.tolist() for x in read.batch([0])] == [
         [[61, 62, 0, 0]],
         [[62, 63, -100, -100]],
         [[0, 0, 0, 0]],
     ]
-    assert dropped.describe().endswith(
-        "2 counted; 1 sequences of 4, 50.00% padding, 1 documents dropped"
-    )
+    assert read.describe().endswith("2 counted; 1 sequences of 4, 50.00% padding")
 
 
 def test_a_sequence_depends_on_its_number_alone():
