@@ -213,12 +213,13 @@ def verdict(options, config, settings, gpu_gib):
     ranks, usable = settings["ranks"], room(gpu_gib, settings["ranks"])
     needed = peak(config, settings)
     left = gpu_gib - needed / GIB
+    gpu = f"a GPU of {options.gpu_gib or round(gpu_gib, 1):g} GiB"
     if needed <= usable:
-        yield f"fits a GPU of {gpu_gib:.0f} GiB: {left:.0f} GiB left"
+        yield f"fits {gpu}: {left:.1f} GiB left"
     elif left >= 0:
-        yield f"does not fit a GPU of {gpu_gib:.0f} GiB: {left:.0f} GiB left for CUDA and NCCL"
+        yield f"does not fit {gpu}: {left:.1f} GiB left for CUDA and NCCL"
     else:
-        yield f"does not fit a GPU of {gpu_gib:.0f} GiB: {-left:.0f} GiB too much"
+        yield f"does not fit {gpu}: {-left:.1f} GiB too much"
     if found := search(options, config, settings, usable):
         yield "the fastest settings that fit, for each optimizer (see --help):"
         for best in found:

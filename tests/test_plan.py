@@ -121,7 +121,7 @@ def peaks_of(text):
 
 def test_verdict_of_a_run_that_fits():
     left, text = lines(80)
-    assert text[0] == f"fits a GPU of 80 GiB: {left:.0f} GiB left" and left > 4
+    assert text[0] == f"fits a GPU of 80 GiB: {left:.1f} GiB left" and left > 4
     assert all(peak <= plan.room(80, 8) / GIB for peak in peaks_of(text))
     assert len(peaks_of(text)) == 2
 
@@ -129,7 +129,7 @@ def test_verdict_of_a_run_that_fits():
 def test_verdict_of_a_run_that_nearly_fits():
     left, text = lines(66)
     assert 0 < left < 66 - plan.room(66, 8) / GIB
-    assert text[0] == f"does not fit a GPU of 66 GiB: {left:.0f} GiB left for CUDA and NCCL"
+    assert text[0] == f"does not fit a GPU of 66 GiB: {left:.1f} GiB left for CUDA and NCCL"
     assert peaks_of(text), "but others do"
 
 
@@ -151,7 +151,7 @@ def test_ranks_leave_room_for_nccl():
 def test_verdict_where_nothing_fits():
     """So many GPUs would do that fewer, by halves, would not."""
     left, text = lines(24, config="configs/gptoss_1m.py")
-    assert text[0] == f"does not fit a GPU of 24 GiB: {-left:.0f} GiB too much"
+    assert text[0] == f"does not fit a GPU of 24 GiB: {-left:.1f} GiB too much"
     assert text[1] == "no settings fit 8 GPUs at batch_size=1"
     gpus = int(re.match(r"(\d+) GPUs", text[2])[1])
     assert gpus > 8 and peaks_of(text)[0] <= plan.room(24, gpus) / GIB
@@ -160,6 +160,15 @@ def test_verdict_where_nothing_fits():
     settings = plan.settings_of(half, config, 8) | {"ranks": gpus // 2}
     assert not plan.search(half, config, settings, plan.room(24, gpus // 2))
     assert "lora.py" in text[-1]
+
+
+def test_a_verdict_repeats_the_memory_that_was_given():
+    """To its last digit; what a GPU itself says, to a tenth. Little too much is not none."""
+    for gib in 23.5, 79.2, 141.25:
+        assert f" a GPU of {gib} GiB: " in lines(gib, f"--gpu_gib={gib}")[1][0]
+    assert " a GPU of 79.2 GiB: " in lines(79.18)[1][0]
+    needed = 80 - lines(80)[0]
+    assert lines(needed - 0.3)[1][0].endswith(": 0.3 GiB too much")
 
 
 def test_a_small_card_is_planned_with_its_tiles():
