@@ -4,7 +4,7 @@
     python -m bench --against=transformers   # and transformers on the same rows
     torchrun --nproc_per_node 2 -m bench     # full training steps, 16 x 4K … 1M tokens
     python -m bench --rehearse=8             # one rank of eight, 4K … 1M tokens, on one GPU
-    python -m bench --rehearse=8 --gpu_gib=80  # the same in 80 GiB, on a larger GPU
+    python -m bench --rehearse=8 --gpu_gib=79.2  # the same as on an H100, on a larger GPU
     python -m bench --rehearse=8 --profile --rows=64x4K  # where a training step's time goes
     python -m bench --documents=512,mix      # packed documents beside plain sequences
     python -m bench --fast=false --rows=4K   # the definitions of model.py, fast twins off
