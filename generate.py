@@ -9,8 +9,8 @@
 A prompt passes the model once, through the kernels that training uses, and leaves its keys and
 values in a cache. From then on each step feeds the newest token of every sequence and draws the
 next. On a GPU a step is one CUDA graph: without it, launching some thousand small kernels takes
-longer than running them. Models with packed experts, or adapters on them, run
-without graphs: see `capturable`.
+longer than running them. Models with packed experts, or adapters on them, run without graphs: see
+`capturable`.
 
 A sequence lives in a slot of the cache, and a finished one makes room for the next prompt. Its
 tokens depend on its seed, not on its neighbours: each draw inverts the cumulative distribution at a

@@ -150,8 +150,10 @@ def build_model(options, config, device, mesh, dtype):
             whole = set(lora.base(model).values())
     else:
         model = model.to(stored)
-    alone = [model.embedding] if model.embedding.weight not in whole else []
-    parts = [*alone, *model.blocks]
+    # A group of its own, because its gradient does not depend on its weights: the backward does
+    # without them. Not where every rank holds all of them.
+    embedding = [] if model.embedding.weight in whole else [model.embedding]
+    parts = [*embedding, *model.blocks]
     for module in [*parts, model]:
         fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=whole)
         # The loss is divided by the number of targets on all ranks, so gradients are summed. Not by
@@ -160,12 +162,12 @@ def build_model(options, config, device, mesh, dtype):
         module.set_force_sum_reduction_for_comms(True)
         if reduced == stored:  # the sums are the gradients: activations may use their memory too
             module.set_custom_reduce_scatter(ReduceScatter(module, device, summed))
-    for module in alone:
-        module.set_unshard_in_backward(False)  # its gradient does not depend on its weights
+    for module in embedding:
+        module.set_unshard_in_backward(False)
     model.blocks[-1].set_reshard_after_forward(False)  # the backward begins with it
-    # Weights are gathered into memory of the computing stream, where activations can use it too;
-    # of a stream of FSDP's own they would take 3.7 GiB of the 20b's for good. In the forward
-    # FSDP then gathers ahead only what it is told to.
+    # Gathered asynchronously, weights lie in memory of the computing stream, and activations can
+    # use it after them. FSDP's own stream would keep it: 3.7 GiB for the 20b, docs/LOG.md,
+    # 2026-11-26. FSDP then prefetches in the forward only what it is told to.
     model._set_unshard_async_op(True)
     for module, following in zip([model, *parts], parts):
         module.set_modules_to_forward_prefetch([following])

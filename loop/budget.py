@@ -286,8 +286,8 @@ def sent_bytes(
     shards, L = ranks // replicas, config.num_hidden_layers
     ends = 2 * config.vocab_size * config.hidden_size + config.hidden_size
     sent = sent_size(ranks, replicas, optimizer)
-    # weights are gathered for the forward and again for the backward, but once for both those of
-    # the last block and those outside of blocks
+    # weights are gathered for the forward and again for the backward, but once those of the last
+    # block and the unembedding, which stay, and the embedding's, which the backward does without
     gathered = 2 * ((parameters - ends) * (2 * L - 1) // L + ends)
     if adapters:  # `parameters` are theirs, and frozen weights are gathered only if they are shared
         trained = len(adapters["ends"]) * config.vocab_size * config.hidden_size

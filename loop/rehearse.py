@@ -143,6 +143,7 @@ class StandIn(dist.ProcessGroup):
 
 @functools.cache
 def stand_in_stream():
+    """One per process, and not memory.copy_stream: copies to the host wait for no collective."""
     return torch.cuda.Stream()
 
 

@@ -4,7 +4,6 @@ what the dry run says of a GPU."""
 import dataclasses
 import itertools
 import re
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,23 +16,26 @@ from model import GPTOSS, GPTOSSConfig
 from test_train import MuonAndAdamW
 from train import build_optimizer
 
-# (K tokens per sequence, sp, micro_batch, optimizer, recompute, kept blocks, offload): tokens per
-# second of the 20b's one rank of eight, rehearsed on one H100 without communication; 2026-11-26
+# (K tokens per sequence, sp, micro_batch, micro-batches, optimizer, recompute, kept blocks,
+# offload): tokens per second of the 20b's one rank of eight, rehearsed on an H100 without
+# communication, 2026-11-26. The last is of another H100, the day before; the estimate was fitted
+# to all others.
 MEASURED = {
-    (4, 1, 8, "split", "attention", 13, False): 17_522,
-    (16, 1, 1, "split", "none", 0, False): 14_136,
-    (32, 1, 1, "split", "attention", 13, False): 12_173,
-    (64, 2, 1, "split", "attention", 13, False): 9_080,
-    (128, 4, 1, "split", "attention", 13, False): 6_148,
-    (256, 8, 1, "split", "attention", 13, False): 3_644,
-    (512, 8, 1, "split", "attention", 4, False): 1_986,
-    (1024, 8, 1, "fp32", "attention", 0, True): 1_046,
+    (4, 1, 8, 1, "split", "attention", 13, False): 17_522,
+    (16, 1, 1, 1, "split", "none", 0, False): 14_136,
+    (32, 1, 1, 1, "split", "attention", 13, False): 12_173,
+    (64, 2, 1, 1, "split", "attention", 13, False): 9_080,
+    (128, 4, 1, 1, "split", "attention", 13, False): 6_148,
+    (256, 8, 1, 1, "split", "attention", 13, False): 3_644,
+    (512, 8, 1, 1, "split", "attention", 4, False): 1_986,
+    (1024, 8, 1, 1, "fp32", "attention", 0, True): 1_046,
+    (64, 2, 1, 2, "fp32", "attention", 0, False): 8_597,
 }
 
 
 @pytest.mark.parametrize("run, measured", MEASURED.items(), ids=str)
 def test_the_estimated_speed_is_within_2_percent_of_what_was_measured(run, measured):
-    k, sp, micro_batch, optimizer, recompute, keep_blocks, offload = run
+    k, sp, micro_batch, micro_batches, optimizer, recompute, keep_blocks, offload = run
     config = GPTOSSConfig(max_position_embeddings=2**20)
     settings = {
         "parameters": count_parameters(config),
@@ -42,14 +44,14 @@ def test_the_estimated_speed_is_within_2_percent_of_what_was_measured(run, measu
         "sp": sp,
         "seq_len": 1024 * k,
         "micro_batch": micro_batch,
-        "micro_batches": 1,
+        "micro_batches": micro_batches,
         "optimizer": optimizer,
         "recompute": recompute,
         "keep_blocks": keep_blocks,
         "offload": offload,
     }
     at_once = plan.seconds(config, settings, gbps=1e9)  # as rehearsed: sending takes no time
-    tokens = 1024 * k * micro_batch / sp
+    tokens = 1024 * k * micro_batch * micro_batches / sp
     assert tokens / at_once == pytest.approx(measured, rel=0.02)
 
 
@@ -133,18 +135,12 @@ def test_verdict_of_a_run_that_nearly_fits():
     assert peaks_of(text), "but others do"
 
 
-def test_ranks_leave_room_for_nccl():
-    """With 70 GiB of 79 a run fits one GPU that is alone, but not one of eight."""
+def test_ranks_leave_room_for_nccl(monkeypatch):
+    """A run that needs 72.5 GiB of 79 fits a GPU that is alone, but not one of eight."""
     assert plan.room(79, 1) - plan.room(79, 8) == plan.NCCL
-    gib = (plan.room(79, 1) + plan.room(79, 8)) / 2 / GIB
-    needed = SimpleNamespace(values=lambda: [gib * GIB])
+    monkeypatch.setattr(plan, "peak", lambda config, settings: 72.5 * GIB)
     for ranks, says in (1, "fits"), (8, "does not fit"):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(plan, "needs", lambda config, settings: needed)
-            patch.setattr(plan, "search", lambda *_: [])
-            options = Options(batch_size=8)
-            settings = {"ranks": ranks, "adapters": None}
-            line = next(plan.verdict(options, CONFIG, settings, 79))
+        line = next(plan.verdict(Options(), CONFIG, {"ranks": ranks}, 79))
         assert line.startswith(f"{says} a GPU of 79 GiB"), line
 
 

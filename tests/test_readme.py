@@ -238,7 +238,7 @@ def test_figures_are_from_the_benchmarks():
                 assert speed in text or name in ("train", "documents"), row
     for name in "generate", "generate-h200":
         for row in json.loads((ROOT / f"docs/results/{name}.json").read_text())["rows"]:
-            rate = f"{row['rate']:,.{row['rate'] < 100:d}f}"
+            rate = f"{row['rate']:,.0f}" if row["rate"] > 100 else f"{row['rate']:.1f}"
             assert f" {row['ms']:.2f} ms |" in benchmarks and f" {rate} |" in benchmarks, row
 
 
