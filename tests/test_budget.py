@@ -263,6 +263,16 @@ def gathered(ranks, kind, **changes):
     return needs(ranks=ranks, sp=1, optimizer=kind, **changes)[GATHERED]
 
 
+def test_a_large_vocabulary_has_its_peak_in_the_loss():
+    """There the last block's weights are gathered and the unembedding's, not the embedding's."""
+    config, block = tiny_config(num_hidden_layers=4, vocab_size=100_000), 1_000
+    ends = config.vocab_size * config.hidden_size
+    parameters = 4 * block + 2 * ends + config.hidden_size
+    found = estimate(config, parameters=parameters, **RUN)
+    assert found["working set"] > 6 * ends, "the unembedding's gradient, in fp32 and in bf16"
+    assert found[GATHERED] == 2 * block + 2 * ends
+
+
 def test_gradients_are_sent_as_they_are_kept():
     """In 2 bytes a number instead of 4, unless they are kept in fp32."""
     cases = [(ranks, kind) for ranks in (1, 2, 4) for kind in BYTES]
