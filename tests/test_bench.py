@@ -301,13 +301,18 @@ def fitting(gib, monkeypatch, recompute="auto", keep_blocks=None, optimizer=None
 
 
 def test_settings_are_the_fastest_that_fit(monkeypatch):
-    """The larger the GPU the less is recomputed; too small a GPU gets the settings that need
-    least."""
+    """The larger the GPU the less is recomputed, and no block more fits; too small a GPU gets the
+    settings that need least."""
     assert fitting(500, monkeypatch) == ("fp32", "none", 0, False)
     kept = []
     for gib in (75, 80, 90):
         optimizer, recompute, blocks, offload = fitting(gib, monkeypatch)
         assert (recompute, offload) == ("attention", False)
+        run = SETTINGS | {"optimizer": optimizer, "recompute": recompute, "offload": offload}
+        of, more = (
+            plan.peak(GPTOSSConfig(), run | {"keep_blocks": n}) for n in (blocks, blocks + 1)
+        )
+        assert of <= plan.room(gib, 8) < more
         kept.append(blocks)
     assert 0 <= kept[0] < kept[1] < kept[2] < 24
     assert fitting(10, monkeypatch)[:2] == ("split", "all")
