@@ -136,9 +136,15 @@ def adds_in_bf16(ranks, optimizer):
 
 
 def sent_size(ranks, replicas, optimizer):
-    """Bytes of a gradient as it is sent. memory.ReduceScatter sends what is kept in bf16 as it is,
-    and adds it up in fp32; with replicas FSDP adds it up itself, and sends fp32."""
-    return 2 if adds_in_bf16(ranks, optimizer) or (optimizer != "fp32" and replicas == 1) else 4
+    """Bytes of a gradient as it is sent. With replicas FSDP adds up what is kept in bf16 itself,
+    and sends fp32."""
+    in_bf16 = adds_in_bf16(ranks, optimizer) or receives_bf16(ranks, replicas, optimizer)
+    return 2 if in_bf16 else 4
+
+
+def receives_bf16(ranks, replicas, optimizer):
+    """True if memory.ReduceScatter exchanges gradients in bf16 and adds them up in fp32."""
+    return optimizer != "fp32" and replicas == 1 and not adds_in_bf16(ranks, optimizer)
 
 
 def widths(config, sp):
@@ -222,6 +228,7 @@ def estimate(
     weight, gradient, moments = (size * parameters * replicas // ranks for size in sizes)
     sent = sent_size(ranks, replicas, optimizer)
     copied = optimizer != "fp32" and sent == 4  # by FSDP, from the sums in fp32
+    exchanged = sent * (2 if receives_bf16(ranks, replicas, optimizer) else 1)
     held = 0
     if replicas > 1 and (copied or micro_batches > 1):
         # the sums of all blocks, until the replicas have added theirs
@@ -247,9 +254,9 @@ def estimate(
 
     def backward(i):
         # in bf16 this block, the next one, and the unembedding; this block's gradients; those of
-        # the block before, as they are sent; the unembedding's
+        # the block before, as they are sent and received; the unembedding's
         gathered = 2 * (2 * block if i else block) + ends + 2 * block
-        gathered += sent * block * (i < L - 1) + ends
+        gathered += exchanged * block * (i < L - 1) + ends
         return needs(made(i), gathered, *in_blocks[i])
 
     def made(i):  # gradients, before the backward of block i

@@ -132,9 +132,10 @@ class ReduceScatter:
     then makes the bf16 copy that is kept in its own stream's memory: on eight ranks 9 GiB lay
     reserved and unused.)
 
-    What a rank receives is in memory of FSDP's stream, which can have it for the next block at
-    once. What both streams have used is free only after an event, and the CPU, which runs ahead,
-    asks for more meanwhile: a GPU ran full, docs/LOG.md, 2026-11-26.
+    What a rank receives takes that memory too, and lives as long as what it sends. FSDP drops that
+    once the computing stream has waited for the exchange, so the memory is free at once. (Memory
+    that record_stream hands to a second stream is free only after an event, and the CPU, which runs
+    ahead, asks for more meanwhile: a GPU ran full, docs/LOG.md, 2026-11-26.)
 
     For FSDPModule.set_custom_reduce_scatter; create it on the computing stream. FSDP's stream has
     just waited for that stream when it allocates, so memory that the computation freed is free. But
@@ -162,7 +163,8 @@ class ReduceScatter:
             run = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
             return run(output_tensor, input_tensor, op, group, async_op)
         assert op == dist.ReduceOp.SUM and not async_op  # as train.build_model has FSDP ask for it
-        received = torch.empty_like(input_tensor)  # not by allocate: see above
+        with torch.cuda.stream(self.stream):
+            received = input_tensor.received = torch.empty_like(input_tensor)
         dist.all_to_all_single(received, input_tensor, group=group)
         parts = received.view(dist.get_world_size(group), -1)
         torch.sum(parts, 0, out=output_tensor.view(-1))  # bf16 is added up in fp32, rounded once

@@ -20,6 +20,7 @@ import fast
 import flash
 import model as model_module
 import sp
+import train
 from common import (
     assert_all_close,
     batch,
@@ -37,7 +38,6 @@ from loop.budget import activations
 from loop.memory import HostMemory, SplitAdamW, join
 from loop.options import Options
 from model import GPTOSS, GPTOSSConfig, dense_attention, flex_sink_attention
-from train import build_model
 
 pytestmark = pytest.mark.gpu
 CUDA, GIB = torch.device("cuda"), 2**30
@@ -559,30 +559,41 @@ def test_deterministic_algorithms():
     assert all(equal.values()), [name for name, same in equal.items() if not same]
 
 
-def gradients_of_training():
-    """{(optimizer, name): the stream in whose memory the gradient lies}"""
-    found = {}
-    for optimizer in ("split", "fp32"):
+def streams_of_training():
+    """{what: the stream in whose memory it lies}, for each gradient after a backward, and for what
+    the ranks received where they exchange gradients in bf16."""
+    found, received, exchange = {}, [], dist.all_to_all_single
+
+    def record(output, *args, **kwargs):
+        received.append(output)
+        return exchange(output, *args, **kwargs)
+
+    for optimizer, adds_in_bf16 in ("split", True), ("split", False), ("fp32", False):
         options = Options(**asdict(small_config()), optimizer=optimizer, batch_size=1)
         mesh = init_device_mesh("cuda", (1, 1), mesh_dim_names=("replica", "shard"))
-        model = build_model(options, small_config(), CUDA, mesh, torch.bfloat16)
-        tokens, targets = batch(small_config(), 1, 256)
-        model(tokens.to(CUDA), targets.to(CUDA)).backward()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train, "adds_in_bf16", lambda *_, answer=adds_in_bf16: answer)
+            patch.setattr(dist, "all_to_all_single", record)
+            model = train.build_model(options, small_config(), CUDA, mesh, torch.bfloat16)
+            tokens, targets = batch(small_config(), 1, 256)
+            model(tokens.to(CUDA), targets.to(CUDA)).backward()
         segments = [
             (s["address"], s["address"] + s["total_size"], s["stream"])
             for s in torch.cuda.memory_snapshot()
         ]
-        for name, gradient in gradients(model).items():
-            place = gradient.to_local().data_ptr()
-            (found[optimizer, name],) = (
-                stream for start, end, stream in segments if start <= place < end
+        tensors = {name: x.to_local() for name, x in gradients(model).items()}
+        for name, x in [*tensors.items(), *enumerate(received)]:
+            (found[optimizer, adds_in_bf16, name],) = (
+                stream for start, end, stream in segments if start <= x.data_ptr() < end
             )
+    assert received
     return found
 
 
 def test_gradients_lie_in_the_computations_memory():
-    """FSDP would put them in the memory of its own stream, which a forward cannot reuse."""
-    (found,) = run_ranks(1, gradients_of_training, backend="nccl")
+    """So does what the ranks receive of them. FSDP would put both in the memory of its own stream,
+    which a forward cannot reuse."""
+    (found,) = run_ranks(1, streams_of_training, backend="nccl")
     assert len(found) > 50
     assert set(found.values()) == {torch.cuda.current_stream().cuda_stream}
 
