@@ -20,7 +20,6 @@ import fast
 import flash
 import model as model_module
 import sp
-import train
 from common import (
     assert_all_close,
     batch,
@@ -38,6 +37,7 @@ from loop.budget import activations
 from loop.memory import HostMemory, SplitAdamW, join
 from loop.options import Options
 from model import GPTOSS, GPTOSSConfig, dense_attention, flex_sink_attention
+from train import build_model
 
 pytestmark = pytest.mark.gpu
 CUDA, GIB = torch.device("cuda"), 2**30
@@ -559,43 +559,57 @@ def test_deterministic_algorithms():
     assert all(equal.values()), [name for name, same in equal.items() if not same]
 
 
-def streams_of_training():
-    """{what: the stream in whose memory it lies}, for each gradient after a backward, and for what
-    the ranks received where they exchange gradients in bf16."""
-    found, received, exchange = {}, [], dist.all_to_all_single
+def stream_of(x):
+    """The stream in whose memory x lies."""
+    (stream,) = (
+        s["stream"]
+        for s in torch.cuda.memory_snapshot()
+        if s["address"] <= x.data_ptr() < s["address"] + s["total_size"]
+    )
+    return stream
 
-    def record(output, *args, **kwargs):
-        received.append(output)
-        return exchange(output, *args, **kwargs)
 
-    for optimizer, adds_in_bf16 in ("split", True), ("split", False), ("fp32", False):
+def gradients_of_training():
+    """{(optimizer, name): the stream in whose memory the gradient lies}"""
+    found = {}
+    for optimizer in ("split", "fp32"):
         options = Options(**asdict(small_config()), optimizer=optimizer, batch_size=1)
         mesh = init_device_mesh("cuda", (1, 1), mesh_dim_names=("replica", "shard"))
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train, "adds_in_bf16", lambda *_, answer=adds_in_bf16: answer)
-            patch.setattr(dist, "all_to_all_single", record)
-            model = train.build_model(options, small_config(), CUDA, mesh, torch.bfloat16)
-            tokens, targets = batch(small_config(), 1, 256)
-            model(tokens.to(CUDA), targets.to(CUDA)).backward()
-        segments = [
-            (s["address"], s["address"] + s["total_size"], s["stream"])
-            for s in torch.cuda.memory_snapshot()
-        ]
-        tensors = {name: x.to_local() for name, x in gradients(model).items()}
-        for name, x in [*tensors.items(), *enumerate(received)]:
-            (found[optimizer, adds_in_bf16, name],) = (
-                stream for start, end, stream in segments if start <= x.data_ptr() < end
-            )
-    assert received
+        model = build_model(options, small_config(), CUDA, mesh, torch.bfloat16)
+        tokens, targets = batch(small_config(), 1, 256)
+        model(tokens.to(CUDA), targets.to(CUDA)).backward()
+        for name, gradient in gradients(model).items():
+            found[optimizer, name] = stream_of(gradient.to_local())
     return found
 
 
 def test_gradients_lie_in_the_computations_memory():
-    """So does what the ranks receive of them. FSDP would put both in the memory of its own stream,
-    which a forward cannot reuse."""
-    (found,) = run_ranks(1, streams_of_training, backend="nccl")
+    """FSDP would put them in the memory of its own stream, which a forward cannot reuse."""
+    (found,) = run_ranks(1, gradients_of_training, backend="nccl")
     assert len(found) > 50
     assert set(found.values()) == {torch.cuda.current_stream().cuda_stream}
+
+
+def exchanged_gradients():
+    """As FSDP asks memory.ReduceScatter to send gradients in bf16 and to sum them in fp32: whether
+    the sums are right, and the streams in whose memory they and what is received lie."""
+    module, ours = torch.nn.Linear(1024, 1024), torch.cuda.current_stream()
+    reduce = memory.ReduceScatter(module, CUDA, torch.float32)
+    sent = reduce.allocate((2**20,), dtype=torch.bfloat16, device=CUDA).normal_()
+    fsdp = torch.cuda.Stream()
+    fsdp.wait_stream(ours)
+    with torch.cuda.stream(fsdp):
+        sums = reduce.allocate((2**20,), dtype=torch.bfloat16, device=CUDA)
+        reduce(sums, sent, dist.group.WORLD, dist.ReduceOp.SUM)
+    ours.wait_stream(fsdp)
+    return torch.equal(sums, sent), stream_of(sums), stream_of(sent.received), ours.cuda_stream
+
+
+def test_what_is_received_lies_in_the_computations_memory():
+    """And is kept as long as what is sent."""
+    ((right, sums, received, ours),) = run_ranks(1, exchanged_gradients, backend="nccl")
+    assert right
+    assert (sums, received) == (ours, ours)
 
 
 NCCL_CASES = [
