@@ -27,9 +27,9 @@ from model import GPTOSS
 SETTINGS = "sp", "replicas", "seq_len", "micro_batch"
 SETTINGS += "optimizer", "recompute", "keep_blocks", "offload"
 # What a plan may use of a GPU's memory: CUDA and NCCL take some, the allocator holds more than the
-# peak, and arithmetic errs. On four H100s of 79.2 GiB a run planned for 73.4 stopped four times a
-# step to free memory, and one planned for 71.3 left less than 1 GiB unused.
-SHARE, NCCL = 0.93, 2 * GIB
+# peak, and arithmetic errs. On four H100s of 79.2 GiB a run planned for 73.6 had to stop for no
+# memory, and left 2.3 GiB unused.
+SHARE, NCCL = 0.93, GIB // 2
 
 
 def settings_of(options, config, ranks):
