@@ -131,22 +131,27 @@ MEASURED = {
     (2, 24, 32, 2, 1, 1, "split", "none", 0, False): 124.11,
     (2, 24, 64, 2, 1, 1, "split", "attention", 12, False): 129.23,
 }
-# The same, since the backward does without the embedding's weights: one of eight, rehearsed on an
-# H100, and four real H100s; 2026-11-26.
-WITHOUT_EMBEDDING = {
-    (8, 24, 4, 1, 8, 1, "split", "attention", 13, False): 70.46,
-    (8, 24, 16, 1, 1, 1, "split", "none", 0, False): 62.65,
-    (8, 24, 32, 1, 1, 1, "split", "attention", 13, False): 70.47,
-    (8, 24, 64, 2, 1, 1, "split", "attention", 13, False): 72.22,
-    (8, 24, 128, 4, 1, 1, "split", "attention", 13, False): 72.23,
-    (8, 24, 256, 8, 1, 1, "split", "attention", 13, False): 72.28,
+# The same, since the backward does without the embedding's weights, and what is received of
+# gradients lies in the computing stream's memory (those with an fp32 master receive nothing): one
+# of eight, rehearsed on an H100, and four real H100s; 2026-11-26.
+LATEST = {
+    (8, 24, 4, 1, 8, 1, "split", "attention", 13, False): 71.03,
+    (8, 24, 16, 1, 2, 1, "split", "attention", 13, False): 71.04,
+    (8, 24, 32, 1, 1, 1, "split", "attention", 13, False): 71.04,
+    (8, 24, 64, 2, 1, 1, "split", "attention", 13, False): 72.54,
+    (8, 24, 128, 4, 1, 1, "split", "attention", 13, False): 72.56,
+    (8, 24, 256, 8, 1, 1, "split", "attention", 13, False): 72.60,
     (8, 24, 512, 8, 1, 1, "split", "attention", 4, False): 70.08,
     (8, 24, 1024, 8, 1, 1, "fp32", "attention", 0, True): 68.64,
-    (4, 24, 4, 1, 8, 1, "split", "attention", 6, False): 72.65,
-    (4, 24, 32, 1, 1, 1, "split", "attention", 6, False): 72.66,
-    (4, 24, 64, 2, 1, 1, "split", "attention", 5, False): 70.65,
-    (4, 24, 64, 4, 1, 1, "split", "attention", 16, False): 73.18,
-    (4, 24, 128, 4, 1, 1, "split", "attention", 5, False): 70.67,
+    (8, 24, 64, 2, 1, 2, "fp32", "attention", 0, False): 63.0,
+    (8, 24, 64, 1, 1, 1, "fp32", "attention", 2, False): 68.6,
+    (4, 24, 4, 1, 8, 1, "split", "attention", 5, False): 70.66,
+    (4, 24, 32, 1, 1, 1, "split", "attention", 5, False): 70.67,
+    (4, 24, 64, 2, 1, 1, "split", "attention", 5, False): 71.17,
+    (4, 24, 64, 4, 1, 1, "split", "attention", 14, False): 72.08,
+    (4, 24, 64, 4, 1, 1, "split", "all", 15, False): 72.81,
+    (4, 24, 128, 4, 1, 1, "split", "attention", 5, False): 71.18,
+    (4, 24, 256, 4, 1, 1, "split", "attention", 0, True): 70.15,
 }
 
 
@@ -157,9 +162,7 @@ def gib(config, **run):
 MILLION = (8, 24, 1024, 8, 1, 1, "fp32", "all", 0, True), 67.9  # on an H100, 2026-11-25
 
 
-@pytest.mark.parametrize(
-    "run, measured", [*MEASURED.items(), MILLION, *WITHOUT_EMBEDDING.items()], ids=str
-)
+@pytest.mark.parametrize("run, measured", [*MEASURED.items(), MILLION, *LATEST.items()], ids=str)
 def test_the_estimate_is_within_3_percent_of_what_was_measured(run, measured, monkeypatch):
     ranks, layers, k, sp, micro_batch, number, optimizer, recompute, keep_blocks, offload = run
     if layers == 4:  # then attention's backward took all heads at once, and all came back early
@@ -180,7 +183,7 @@ def test_the_estimate_is_within_3_percent_of_what_was_measured(run, measured, mo
         keep_blocks=keep_blocks,
         offload=offload,
     )
-    if run not in WITHOUT_EMBEDDING:  # then it was gathered throughout
+    if (run, measured) not in LATEST.items():  # then the embedding was gathered throughout
         found += 2 * config.vocab_size * config.hidden_size / budget.GIB
     assert found == pytest.approx(measured, rel=0.03)
 
@@ -189,7 +192,11 @@ def test_the_estimate_of_16_ranks_is_within_3_percent_of_what_was_measured():
     """The 120b on sixteen ranks, and two copies of the 20b on eight each, 2026-11-26."""
     run = {"ranks": 16, "sp": 2, "seq_len": 65536, "micro_batch": 1, "micro_batches": 1}
     run |= {"recompute": "attention", "offload": False}
-    of_120b = gib(GPTOSSConfig.gpt_oss_120b(), optimizer="split", replicas=1, **run)
+    config = GPTOSSConfig.gpt_oss_120b()
+    of_120b = gib(config, optimizer="split", replicas=1, **run)
+    ends = 2 * config.vocab_size * config.hidden_size
+    block = (count_parameters(config) - ends) / config.num_hidden_layers
+    of_120b -= 2 * block / budget.GIB  # received elsewhere then, and freed when it was added up
     of_20b = gib(GPTOSSConfig(), optimizer="fp32", replicas=2, **run)
     assert (of_120b, of_20b) == pytest.approx((102.1, 56.3), rel=0.03)
 
