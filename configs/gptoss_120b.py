@@ -22,7 +22,7 @@ micro_batch = 1
 
 # 1.17 TB over sixteen GPUs: 73 GB each; one copy per node (replicas = 2) would need 146
 optimizer = "split"
-recompute = "attention"  # 102 GiB of 140 by the dry run
+recompute = "attention"  # 108 GiB of 140 by the dry run
 
 steps = 200
 lr, warmup_steps = 1e-5, 20

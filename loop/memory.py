@@ -132,10 +132,10 @@ class ReduceScatter:
     then makes the bf16 copy that is kept in its own stream's memory: on eight ranks 9 GiB lay
     reserved and unused.)
 
-    What a rank receives takes that memory too, and lives as long as what it sends. FSDP drops that
-    once the computing stream has waited for the exchange, so the memory is free at once. (Memory
-    that record_stream hands to a second stream is free only after an event, and the CPU, which runs
-    ahead, asks for more meanwhile: a GPU ran full, docs/LOG.md, 2026-11-26.)
+    What a rank receives lies in the computing stream's memory too, and lives as long as what it
+    sends. FSDP drops that once the computing stream has waited for the exchange, so both are free
+    at once. (Memory that record_stream hands to a second stream is free only after an event, and
+    the CPU, which runs ahead, asks for more meanwhile: a GPU ran full, docs/LOG.md, 2026-11-26.)
 
     For FSDPModule.set_custom_reduce_scatter; create it on the computing stream. FSDP's stream has
     just waited for that stream when it allocates, so memory that the computation freed is free. But

@@ -27,7 +27,7 @@ from model import GPTOSS
 SETTINGS = "sp", "replicas", "seq_len", "micro_batch"
 SETTINGS += "optimizer", "recompute", "keep_blocks", "offload"
 # What a plan may use of a GPU's memory: CUDA and NCCL take some, the allocator holds more than the
-# peak, and arithmetic errs. On four H100s of 79.2 GiB all of these made 76.9 of a plan for 73.0.
+# peak, and arithmetic errs. On four H100s of 79.2 GiB runs took 3.9 to 4.5 more than their plan.
 SHARE, NCCL = 0.93, GIB // 2
 
 
@@ -86,8 +86,8 @@ def state_bytes(build_optimizer, options, config):
 
 # FLOP/s of matmuls and of attention as parts of a step on an H100, and seconds of a micro-batch per
 # parameter that do not depend on its tokens: fitted to eight rehearsed runs of the 20b as one of
-# eight (4K to 1M tokens, docs/benchmarks.md), which they repeat within 2 %. One H100 is up to 5 %
-# slower than another.
+# eight (4K to 1M tokens, docs/LOG.md, 2026-11-26), which they repeat within 2 %, and later runs on
+# other H100s within 3 %. One H100 is up to 5 % slower than another.
 MATMUL, ATTENTION, PER_PARAMETER = 522e12, 404e12, 0.23 / 20.9e9
 WINDOW = 5  # how much slower than full attention's FLOPs those of windows are
 

@@ -606,7 +606,6 @@ def exchanged_gradients():
 
 
 def test_what_is_received_lies_in_the_computations_memory():
-    """And is kept as long as what is sent."""
     ((right, sums, received, ours),) = run_ranks(1, exchanged_gradients, backend="nccl")
     assert right
     assert (sums, received) == (ours, ours)

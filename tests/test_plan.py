@@ -17,9 +17,9 @@ from test_train import MuonAndAdamW
 from train import build_optimizer
 
 # (K tokens per sequence, sp, micro_batch, micro-batches, optimizer, recompute, kept blocks,
-# offload): tokens per second of the 20b's one rank of eight, rehearsed on an H100 without
-# communication, 2026-11-26. The last is of another H100, the day before; the estimate was fitted
-# to all others.
+# offload): tokens per second of the 20b's one rank of eight, rehearsed on H100s without
+# communication, 2026-11-26: one card's, but for that of 1M and the last two. The estimate was
+# fitted to earlier runs on another.
 MEASURED = {
     (4, 1, 8, 1, "split", "attention", 13, False): 17_172,
     (16, 1, 2, 1, "split", "attention", 13, False): 14_633,

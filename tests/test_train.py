@@ -1,6 +1,7 @@
 """train.py: the real loop on one, two and four ranks, and the same numbers from all of them."""
 
 import dataclasses
+import weakref
 
 import pytest
 import torch
@@ -257,10 +258,25 @@ def reduced_into_gradients(optimizer):
 
 @pytest.mark.parametrize("ranks, optimizer", SUMS)
 def test_whose_memory_gradients_take(ranks, optimizer):
-    """What becomes a gradient takes the computation's memory; what is added to one, FSDP's own. In
-    each of the five modules that is what is sent and the sums, but not what is received."""
+    """What becomes a gradient takes the computation's memory; sums that are added to one, FSDP's.
+    For each of the five modules FSDP asks twice: for what is sent, and for the sums."""
     for answers in run_ranks(ranks, reduced_into_gradients, optimizer):
         assert answers == [10 * [True], 10 * [False], 10 * [True]]
+
+
+def exchanged_gradients():
+    """Whether memory.ReduceScatter drops what it received when FSDP drops what was sent."""
+    reduce = loop.ReduceScatter(torch.nn.Linear(8, 8), torch.device("cpu"), torch.float32)
+    sent, sums = (torch.zeros(n, dtype=torch.bfloat16) for n in (64, 32))
+    reduce(sums, sent, dist.group.WORLD, dist.ReduceOp.SUM)
+    received = weakref.ref(sent.received)
+    kept = received() is not None
+    del sent
+    return kept, received() is None
+
+
+def test_what_is_received_lives_as_long_as_what_is_sent():
+    assert run_ranks(2, exchanged_gradients) == [(True, True)] * 2
 
 
 def gathered_and_computed():
