@@ -1,6 +1,7 @@
 """Full training steps on several GPUs, as train.py makes them: FSDP2, Ulysses, clipping, the
 optimizer."""
 
+import functools
 import math
 import os
 import time
@@ -11,7 +12,7 @@ from dataclasses import asdict, replace
 import torch
 import torch.distributed as dist
 from torch.autograd import DeviceType
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.profiler import ProfilerActivity, profile
 
 import sp
@@ -85,13 +86,21 @@ def training_step(model, optimizer, tokens, targets, documents, count, offload):
     return time.perf_counter() - began, time.perf_counter() - middle
 
 
+@functools.cache
+def sharing(n):
+    """The mesh of the n ranks that share a sequence with this one. Only once for each n, and none
+    of the ranks that do not: NCCL keeps a group's memory for good."""
+    rows = torch.arange(dist.get_world_size()).view(-1, n).tolist()
+    group = dist.new_subgroups_by_enumeration(rows)[0] if len(rows) > 1 else dist.group.WORLD
+    return DeviceMesh.from_group(group, DEVICE.type)
+
+
 def measure_training(config, model, optimizer, row, documents=None):
     """What to add to a row, whose sequences may be packed: documents (S). Its peak memory is that
     of the rank with the most."""
     ranks, S, in_optimizer = dist.get_world_size(), row["sequence"], []
     release()
-    shape = ranks // row["sp"], row["sp"]
-    sp.init(init_device_mesh(DEVICE.type, shape, mesh_dim_names=("batch", "sp"))["sp"])
+    sp.init(sharing(row["sp"]) if row["sp"] > 1 else None)
     generator = torch.Generator().manual_seed(dist.get_rank() // row["sp"])
     whole = torch.randint(config.vocab_size, (2, row["micro_batch"], S), generator=generator)
     if documents is not None:

@@ -31,6 +31,7 @@ from bench import (
     training,
 )
 from bench.common import DEVICE, GPU, TINY
+from common import run_ranks
 from conftest import ROOT
 from loop import plan
 from loop.budget import RECOMPUTED, count_parameters, flops_per_token, sent_bytes
@@ -286,6 +287,18 @@ def test_training_on_two_ranks(tmp_path):
 
 SETTINGS = {"parameters": 20_914_757_184, "ranks": 8, "sp": 1, "replicas": 1, "seq_len": 32768}
 SETTINGS |= {"micro_batch": 1, "micro_batches": 1}
+
+
+def groups_of_rows():
+    """The ranks that share a sequence in rows of sp 2, 4 and 2, and how many groups there are."""
+    groups = [training.sharing(n).get_group() for n in (2, 4, 2)]
+    return [*map(dist.get_process_group_ranks, groups), len(dist.distributed_c10d._world.pg_map)]
+
+
+def test_rows_make_no_more_groups_than_they_need():
+    for rank, found in enumerate(run_ranks(4, groups_of_rows)):
+        pair = [rank - rank % 2, rank - rank % 2 + 1]
+        assert found == [pair, [0, 1, 2, 3], pair, 2]
 
 
 def fitting(gib, monkeypatch, recompute="auto", keep_blocks=None, optimizer=None, gpu_gib=None):
