@@ -71,6 +71,14 @@ BAD_STEPS = 5  # a run ends after this many skipped updates in a row
 # Ranks, model, optimizer
 
 
+def group_of(rows, timeout=None):
+    """The process group of this rank: that of its row in `rows` (groups, ranks of each), which
+    cover all ranks. timeout: a timedelta; None: PyTorch's own, which init_device_mesh would set."""
+    if len(rows) == 1:
+        return dist.group.WORLD
+    return dist.new_subgroups_by_enumeration(rows.tolist(), timeout=timeout)[0]
+
+
 def start_ranks(options):
     """Set up the process group, also for a single rank. Returns the device and FSDP's mesh: 1-d
     ("shard") over all ranks, or with replicas 2-d ("replica", "shard"), where neighbouring ranks
@@ -95,20 +103,14 @@ def start_ranks(options):
         **meeting_point(options.timeout),
     )
 
-    def group(rows):
-        """The group of this rank, which is in one row. Not by init_device_mesh, whose groups have
-        PyTorch's own timeout."""
-        if len(rows) == 1:
-            return dist.group.WORLD
-        return dist.new_subgroups_by_enumeration(rows.tolist(), timeout=timeout)[0]
-
     mesh, kind = DeviceMesh.from_group, device.type
     ranks = torch.arange(dist.get_world_size())
-    sp.init(mesh(group(ranks.view(-1, options.sp)), kind) if options.sp > 1 else None)
+    sharing = ranks.view(-1, options.sp)  # neighbours share a sequence
+    sp.init(mesh(group_of(sharing, timeout), kind) if options.sp > 1 else None)
     copies = ranks.view(options.replicas, -1)
     if options.replicas == 1:
-        return device, mesh(group(copies), kind, mesh_dim_names=("shard",))
-    groups = [group(copies.T), group(copies)]
+        return device, mesh(group_of(copies, timeout), kind, mesh_dim_names=("shard",))
+    groups = [group_of(copies.T, timeout), group_of(copies, timeout)]
     return device, mesh(groups, kind, copies, mesh_dim_names=("replica", "shard"))
 
 

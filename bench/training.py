@@ -29,6 +29,7 @@ from train import (
     build_model,
     build_optimizer,
     gradient_norm_squared,
+    group_of,
     scale_gradients_,
     start_ranks,
 )
@@ -88,11 +89,10 @@ def training_step(model, optimizer, tokens, targets, documents, count, offload):
 
 @functools.cache
 def sharing(n):
-    """The mesh of the n ranks that share a sequence with this one. Only once for each n, and none
-    of the ranks that do not: NCCL keeps a group's memory for good."""
-    rows = torch.arange(dist.get_world_size()).view(-1, n).tolist()
-    group = dist.new_subgroups_by_enumeration(rows)[0] if len(rows) > 1 else dist.group.WORLD
-    return DeviceMesh.from_group(group, DEVICE.type)
+    """The mesh of the n ranks that share each sequence, this one among them. Rows with the same n
+    use one group, because NCCL holds memory for each."""
+    rows = torch.arange(dist.get_world_size()).view(-1, n)
+    return DeviceMesh.from_group(group_of(rows), DEVICE.type)
 
 
 def measure_training(config, model, optimizer, row, documents=None):

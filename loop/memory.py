@@ -133,9 +133,10 @@ class ReduceScatter:
     reserved and unused.)
 
     What a rank receives lies in the computing stream's memory too, and lives as long as what it
-    sends. FSDP drops that once the computing stream has waited for the exchange, so both are free
-    at once. (Memory that record_stream hands to a second stream is free only after an event, and
-    the CPU, which runs ahead, asks for more meanwhile: a GPU ran full, docs/LOG.md, 2026-11-26.)
+    sends. FSDP drops that once the computing stream has waited for the exchange, so the memory of
+    both can be reused immediately. (Memory that record_stream hands to a second stream is free only
+    after an event, and the CPU, which runs ahead, asks for more meanwhile: a GPU ran full,
+    docs/LOG.md, 2026-11-26.)
 
     For FSDPModule.set_custom_reduce_scatter; create it on the computing stream. FSDP's stream has
     just waited for that stream when it allocates, so memory that the computation freed is free. But
@@ -164,7 +165,8 @@ class ReduceScatter:
             return run(output_tensor, input_tensor, op, group, async_op)
         assert op == dist.ReduceOp.SUM and not async_op  # as train.build_model has FSDP ask for it
         with torch.cuda.stream(self.stream):
-            received = input_tensor.received = torch.empty_like(input_tensor)
+            received = torch.empty_like(input_tensor)
+        input_tensor.received = received  # so that both are dropped together
         dist.all_to_all_single(received, input_tensor, group=group)
         parts = received.view(dist.get_world_size(group), -1)
         torch.sum(parts, 0, out=output_tensor.view(-1))  # bf16 is added up in fp32, rounded once

@@ -164,6 +164,7 @@ MILLION = (8, 24, 1024, 8, 1, 1, "fp32", "all", 0, True), 67.9  # on an H100, 20
 
 @pytest.mark.parametrize("run, measured", [*MEASURED.items(), MILLION, *LATEST.items()], ids=str)
 def test_the_estimate_is_within_3_percent_of_what_was_measured(run, measured, monkeypatch):
+    """And within 2.1 % of the latest."""
     ranks, layers, k, sp, micro_batch, number, optimizer, recompute, keep_blocks, offload = run
     if layers == 4:  # then attention's backward took all heads at once, and all came back early
         monkeypatch.setattr(budget, "tile_sizes", lambda gib: (32768, math.inf))
@@ -183,9 +184,10 @@ def test_the_estimate_is_within_3_percent_of_what_was_measured(run, measured, mo
         keep_blocks=keep_blocks,
         offload=offload,
     )
-    if (run, measured) not in LATEST.items():  # then the embedding was gathered throughout
+    latest = (run, measured) in LATEST.items()
+    if not latest:  # then the embedding was gathered throughout
         found += 2 * config.vocab_size * config.hidden_size / budget.GIB
-    assert found == pytest.approx(measured, rel=0.03)
+    assert found == pytest.approx(measured, rel=0.021 if latest else 0.03)
 
 
 def test_the_estimate_of_16_ranks_is_within_3_percent_of_what_was_measured():

@@ -591,8 +591,8 @@ def test_gradients_lie_in_the_computations_memory():
 
 
 def exchanged_gradients():
-    """As FSDP asks memory.ReduceScatter to send gradients in bf16 and to sum them in fp32: whether
-    the sums are right, and the streams in whose memory they and what is received lie."""
+    """One exchange in bf16, called as FSDP calls it: whether the sums are right, and the streams
+    in whose memory the sums and what was received lie, then the computing stream."""
     module, ours = torch.nn.Linear(1024, 1024), torch.cuda.current_stream()
     reduce = memory.ReduceScatter(module, CUDA, torch.float32)
     sent = reduce.allocate((2**20,), dtype=torch.bfloat16, device=CUDA).normal_()

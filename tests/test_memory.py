@@ -81,9 +81,8 @@ def test_first_step_is_pytorchs():
     q.grad = gradient(q.shape, 0).float()
     theirs.step()
     start = random_weight().float()
-    assert (
-        relative(master_of(optimizer, p) - start, q - start) < 1e-4
-    )  # a weight's own fp32 resolution is 1e-5 of its step
+    # a weight's own fp32 resolution is 1e-5 of its step
+    assert relative(master_of(optimizer, p) - start, q - start) < 1e-4
     assert torch.equal(p, split(master_of(optimizer, p))[0])
 
 

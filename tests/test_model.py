@@ -90,9 +90,7 @@ def test_logits_and_gradients(case, as_defined):
 @pytest.mark.parametrize("tiled", [False, True], ids=["whole", "tiled"])
 @pytest.mark.parametrize("recompute", ["none", "attention", "all"])
 def test_gradients_recomputed_and_tiled(recompute, tiled, monkeypatch):
-    if (
-        tiled
-    ):  # neither divides the 58 rows, and the last tile is shorter than the number of experts
+    if tiled:  # no size divides the 58 rows; the last tile has fewer rows than there are experts
         monkeypatch.setattr(fast, "EXPERT_TOKENS", 11)
         monkeypatch.setattr(fast, "LOSS_TOKENS", 7)
     ours, theirs = twins(tiny_config(), seed=3, recompute=recompute)
