@@ -291,6 +291,9 @@ def test_gradients_are_sent_as_they_are_kept():
     assert of[1, "split"] == of[2, "split"] < of[4, "split"] == of[2, "fp32"] == of[4, "fp32"]
     block = (1_000_000 - NO_BLOCKS) // 4
     assert of[4, "split"] - of[2, "split"] == 2 * block
+    # in bf16 two blocks' weights and one's gradients, and the unembedding's weights and gradients;
+    # the gradients that are sent
+    assert of[2, "fp32"] == (2 * 2 + 2) * block + 2 * 2 * 61 * 20 + 4 * block
     assert [budget.sent_size(ranks, 1, "split") for ranks in (1, 2, 4)] == [2, 2, 2]
 
 
